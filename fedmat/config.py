@@ -1,0 +1,366 @@
+"""``consortium.yaml`` and ``site.yaml`` as frozen pydantic models: the only place where files become settings.
+
+Knows: every key a person may write, its default and its meaning. Refuses to know: records, tensors, services.
+An unknown key is refused with the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fedmat.errors import ConfigError
+
+S = TypeVar("S", bound="Settings")
+SLUG = r"^[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*$"
+
+
+class Settings(BaseModel):
+    """Base of everything read from a file: frozen, nothing unknown, nothing coerced by accident."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
+
+
+# --- consortium.yaml ---------------------------------------------------------------------------------------------
+
+
+class Task(Settings):
+    """What is predicted."""
+
+    name: str = Field(pattern=SLUG, description="registered as the model fedmat-<name>")
+    record_type: str = Field(description="a record type of the data contract")
+    target: str = Field(description="a contract field")
+    unit: str = Field(description="unit metrics are reported in, before the transform")
+    transform: Literal["identity", "log10"] = "identity"
+    kind: Literal["regression", "binary"] = "regression"
+    threshold: float | None = Field(None, description="binary: the class is target > threshold, in unit")
+    metric: Literal["mae", "rmse", "auc"] = "mae"
+
+    @model_validator(mode="after")
+    def _kinds_agree(self) -> Task:
+        if (self.kind == "binary") != (self.threshold is not None):
+            raise ValueError("kind: binary needs a threshold, and only a binary task has one")
+        if (self.metric == "auc") != (self.kind == "binary"):
+            raise ValueError("metric: auc belongs to kind: binary; a regression uses mae or rmse")
+        return self
+
+
+class FeatureSpec(Settings):
+    """One featurizer and its options; ``composition`` alone is short for ``{name: composition}``."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class ModelSpec(Settings):
+    """Shape of the property network."""
+
+    hidden: tuple[int, ...] = (128, 128)
+    activation: Literal["relu", "silu", "tanh"] = "silu"
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+
+
+class ServerOptimizer(Settings):
+    """How the coordinator applies the mean update (Reddi et al., ICLR 2021)."""
+
+    name: Literal["sgd", "momentum", "adam"] = "sgd"
+    lr: float = Field(1.0, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.99, ge=0, lt=1)
+    epsilon: float = Field(1e-3, gt=0)
+
+
+class LocalTraining(Settings):
+    """What a site does in one round."""
+
+    steps: int = Field(40, ge=1, description="optimiser steps per round")
+    batch_size: int = Field(64, ge=2)
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    loss: Literal["mse", "l1", "huber"] = "huber"
+    mu: float = Field(0.0, ge=0, description="FedProx proximal strength (Li et al., MLSys 2020)")
+    clip_grad_norm: float | None = Field(5.0, gt=0)
+
+
+class Schedule(Settings):
+    """Learning rate over rounds, as a factor of ``local.lr``."""
+
+    kind: Literal["constant", "cosine", "step"] = "cosine"
+    warmup_rounds: int = Field(0, ge=0)
+    final_factor: float = Field(0.02, gt=0, le=1)
+    step_every: int = Field(30, ge=1)
+
+
+class PlanSettings(Settings):
+    """How the consortium trains; the ``plan`` section of consortium.yaml."""
+
+    algorithm: Literal["fedavg", "fedprox", "scaffold"] = "fedavg"
+    rounds: int = Field(30, ge=1)
+    server: ServerOptimizer = ServerOptimizer()
+    local: LocalTraining = LocalTraining()
+    schedule: Schedule = Schedule()
+    site_weights: Literal["equal", "rows"] = "equal"
+    max_weight_share: float = Field(0.5, gt=0, le=1, description="no site counts for more than this share of a round")
+    quorum: int = Field(2, ge=1, description="sites that must answer well before a round closes")
+    deadline_s: float = Field(120.0, gt=0, description="time a site has for one request")
+    max_update_norm: float = Field(1e3, gt=0, description="larger updates are rejected")
+    isolation: Literal["none", "process"] = Field("none", description="one process per site on the in-process engine")
+    seed: int = Field(17, ge=0)
+    finetune_steps: int = Field(200, ge=0, description="local steps of the fine-tuned arm")
+    finetune_lr_factor: float = Field(0.3, gt=0)
+
+
+class Splits(Settings):
+    """Held-out groups; never rows of one group on both sides."""
+
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="used where the source states no split of its own")
+    validation_fraction: float = Field(0.15, gt=0, lt=1)
+    seed: int = Field(7, ge=0)
+
+
+class Admission(Settings):
+    """When a site is refused for a run."""
+
+    max_rejected_fraction: float = Field(0.2, ge=0, lt=1)
+    min_train_records: int = Field(20, ge=2)
+
+
+class Member(Settings):
+    """One site of the consortium and where its site.yaml lies, relative to consortium.yaml."""
+
+    site: str = Field(pattern=SLUG)
+    organisation: str
+    file: Path
+
+
+class ConsortiumConfig(Settings):
+    """The whole of consortium.yaml."""
+
+    name: str = Field(pattern=SLUG)
+    title: str
+    description: str = ""
+    simulated: bool = Field(False, description="one operator owns all data: permits pooled and cross-site baselines")
+    task: Task
+    features: tuple[FeatureSpec, ...] = Field(min_length=1)
+    model: ModelSpec = ModelSpec()
+    plan: PlanSettings = PlanSettings()
+    splits: Splits = Splits()
+    admission: Admission = Admission()
+    members: tuple[Member, ...] = Field(min_length=1)
+
+    @field_validator("features", mode="before")
+    @classmethod
+    def _short_features(cls, value: Any) -> Any:
+        return [{"name": v} if isinstance(v, str) else v for v in value] if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _members_differ(self) -> ConsortiumConfig:
+        seen = [m.site for m in self.members]
+        twice = sorted({s for s in seen if seen.count(s) > 1})
+        if twice:
+            raise ValueError(f"two members are called {', '.join(twice)}: give every site its own name")
+        return self
+
+    @property
+    def roster(self) -> tuple[str, ...]:
+        """Site names in the one order every sum uses."""
+        return tuple(sorted(m.site for m in self.members))
+
+
+# --- site.yaml ---------------------------------------------------------------------------------------------------
+
+
+class Column(Settings):
+    """Where one contract field comes from."""
+
+    source: str = Field(alias="from", description="column name in the source, as it is written there")
+    unit: str | None = Field(None, description="unit in the source; needed for every field that has a unit")
+    replace: dict[str, str] = Field(default_factory=dict, description="exact text replacements after stripping")
+    strip: str = Field("", description="characters stripped from both ends besides white space")
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class MixtureColumns(Settings):
+    """A mixture spread over one column per component: source column -> component name."""
+
+    fractions: dict[str, str]
+    percent: bool = False
+
+
+class Constant(Settings):
+    """A value that holds for every row of the source (a condition of measurement)."""
+
+    value: str | float
+    unit: str | None = None
+
+
+class Select(Settings):
+    """Keeps the rows whose key appears in a second table, e.g. a published site or split table."""
+
+    table: str
+    left: str = Field(description="key column in the source, or 'row' for the 0-based row number")
+    right: str = Field(description="key column in the table")
+    where: dict[str, str | list[str]] = Field(default_factory=dict, description="table column -> permitted value(s)")
+    take: dict[str, str] = Field(default_factory=dict, description="source column to add -> table column")
+
+
+class Structures(Settings):
+    """CIF files or pymatgen JSON that belong to rows: a folder or a .tar.gz, file stem = value of ``on``."""
+
+    path: str
+    on: str
+
+
+class SplitColumn(Settings):
+    """A published split: the column that states it and the values that mean train and test."""
+
+    column: str
+    train: tuple[str, ...] = ("train",)
+    test: tuple[str, ...] = ("test",)
+
+
+class Source(Settings):
+    """One file, table or folder of a site and how its columns become contract fields."""
+
+    name: str = Field("main", pattern=SLUG)
+    adapter: str = Field(description="csv, excel, parquet, sql, structures, or an installed third-party adapter")
+    path: str = Field("", description="relative to site.yaml; ${FEDMAT_DATA} is replaced; a URL for sql")
+    options: dict[str, Any] = Field(default_factory=dict)
+    select: Select | None = None
+    structures: Structures | None = None
+    where: dict[str, str | list[str]] = Field(default_factory=dict, description="source column -> permitted value(s)")
+    columns: dict[str, Column | MixtureColumns]
+    constants: dict[str, Constant] = Field(default_factory=dict)
+    split: SplitColumn | None = None
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _short_columns(cls, value: Any) -> Any:
+        return {k: {"from": v} if isinstance(v, str) else v for k, v in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("constants", mode="before")
+    @classmethod
+    def _short_constants(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: v if isinstance(v, dict) else {"value": v} for k, v in value.items()}
+
+
+class SiteConfig(Settings):
+    """The whole of one site.yaml."""
+
+    site: str = Field(pattern=SLUG)
+    organisation: str
+    note: str = ""
+    record_type: str
+    sources: tuple[Source, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _sources_differ(self) -> SiteConfig:
+        seen = [s.name for s in self.sources]
+        if len(set(seen)) != len(seen):
+            raise ValueError("two sources have the same name: give each its own 'name'")
+        return self
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def load_consortium(path: Path) -> ConsortiumConfig:
+    """Reads and checks a consortium file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or a key or value is wrong (named, with the nearest valid key).
+    """
+    return parse_settings(ConsortiumConfig, _read_yaml(path), path)
+
+
+def load_site(path: Path) -> SiteConfig:
+    """Reads and checks a site file; errors as in :func:`load_consortium`."""
+    return parse_settings(SiteConfig, _read_yaml(path), path)
+
+
+def resolve_path(text: str, base: Path) -> Path:
+    """Returns ``text`` with ``${FEDMAT_DATA}`` filled in, relative to ``base`` (the folder of the file naming it).
+
+    Raises:
+        ConfigError: ``${FEDMAT_DATA}`` is used and there is no such folder.
+    """
+    if "${FEDMAT_DATA}" in text:
+        text = text.replace("${FEDMAT_DATA}", str(data_home()))
+    path = Path(text).expanduser()
+    return path if path.is_absolute() else (base / path).resolve()
+
+
+def data_home() -> Path:
+    """Returns the folder of public datasets: ``FEDMAT_DATA``, else ``../shared/data`` or ``./data`` if there is one."""
+    named = os.environ.get("FEDMAT_DATA")
+    if named:
+        return Path(named).expanduser().resolve()
+    for candidate in (Path("data"), Path("../shared/data")):
+        if candidate.is_dir():
+            return candidate.resolve()
+    raise ConfigError(
+        "the configuration uses ${FEDMAT_DATA}, and neither that variable nor a data folder is there",
+        fix="run 'fedmat data get NAME' and set FEDMAT_DATA to the folder it names",
+    )
+
+
+def parse_settings(model: type[S], raw: object, path: Path) -> S:
+    """Returns ``raw`` as ``model``; every problem is listed with its key, file and nearest valid key."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, found {type(raw).__name__}", fix="see docs/")
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(model, e) for e in error.errors(include_url=False, include_input=False)]
+        raise ConfigError(f"{path}:\n  " + "\n  ".join(lines), fix=f"correct the named keys in {path}") from None
+
+
+def _read_yaml(path: Path) -> object:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file", fix="name an existing YAML file")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not valid YAML", fix="check indentation and quoting") from None
+
+
+def _explain(model: type[BaseModel], error: Any) -> str:
+    where = ".".join(str(p) for p in error["loc"]) or "(top level)"
+    if error["type"] != "extra_forbidden":
+        return f"{where}: {error['msg']}"
+    valid = _valid_keys(model, error["loc"][:-1])
+    near = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(sorted(valid))}"
+    return f"{where}: unknown key; {hint}"
+
+
+def _valid_keys(model: Any, loc: tuple[Any, ...]) -> list[str]:
+    candidates: list[type[BaseModel]] = [model]
+    for part in loc:
+        found = [
+            kind
+            for owner in candidates
+            for name, field in owner.model_fields.items()
+            if part in (name, field.alias)
+            for kind in _members(field.annotation)
+        ]
+        candidates = found or candidates  # a list index, a dict key or a union tag: stay where we are
+    return [field.alias or name for kind in candidates for name, field in kind.model_fields.items()]
+
+
+def _members(annotation: Any) -> list[type[BaseModel]]:
+    if typing.get_origin(annotation) is not None:
+        return [m for a in typing.get_args(annotation) for m in _members(a)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

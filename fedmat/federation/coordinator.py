@@ -1,0 +1,304 @@
+"""The round loop: decides whom to ask, what to accept and what the next global weights are.
+
+Knows: plans, messages, rules and its own checkpoint. Refuses to know: records and features (an import rule enforces
+it), and how messages are delivered. The run is a generator of RoundReports; everything else reads those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedmat import files, wire
+from fedmat import weights as wts
+from fedmat.aggregation.linear import LinearRule, equal_shares, row_shares
+from fedmat.domain import (
+    Attestation,
+    AttestRequest,
+    Checkpoint,
+    Delivery,
+    Dropout,
+    GlobalModel,
+    Rejection,
+    RoundReport,
+    Statistics,
+    StatisticsRequest,
+    TrainRequest,
+    Update,
+)
+from fedmat.errors import RoundFailed, SiteRefused, StateError, WireError
+from fedmat.federation.engine import Engine
+from fedmat.federation.plan import Plan
+from fedmat.federation.scaling import federated_scaler
+from fedmat.weights import Weights
+
+CHECKPOINT, ROUNDS, SETUP = "checkpoint.safetensors", "rounds.jsonl", "attestations.json"
+
+
+class Coordinator:
+    """Runs a plan over an engine, saving its state after every round.
+
+    Args:
+        initial: makes the first global weights from the number of active features; the same for everyone.
+        folder: where the checkpoint and the reports live.
+    """
+
+    def __init__(self, plan: Plan, initial: Callable[[int], Weights], folder: Path) -> None:
+        self.plan = plan
+        self.folder = folder
+        self._initial = initial
+        self._rule = LinearRule(plan.settings.server)
+        self.attestations: dict[str, Attestation] = {}
+
+    def run(self, engine: Engine) -> Iterator[RoundReport]:
+        """Yields one report per round, going on from the last checkpoint when there is one.
+
+        Raises:
+            RoundFailed: fewer than the quorum answered well; the state before the round is kept.
+            SiteRefused: sites disagree about features.
+            StateError: the checkpoint belongs to another plan or to other data.
+        """
+        setup_bytes = self._attest(engine)
+        state = self._restore() or self._start(engine, setup_bytes)
+        while state.next_round < self.plan.settings.rounds:
+            report, state = self._round(engine, state)
+            self._save(report, state)
+            yield report
+
+    def model(self) -> GlobalModel:
+        """Returns the finished global model.
+
+        Raises:
+            StateError: rounds are missing.
+        """
+        state = self._restore()
+        if state is None or state.next_round < self.plan.settings.rounds:
+            done = 0 if state is None else state.next_round
+            raise StateError(f"{self.folder}: {done} of {self.plan.settings.rounds} rounds are done", fix="run it again")
+        return GlobalModel(state.weights, state.scaler, self._spec())
+
+    # --- before the first round ----------------------------------------------------------------------------------
+
+    def _attest(self, engine: Engine) -> dict[str, int]:
+        request = AttestRequest(self.plan.sha256)
+        deliveries = engine.broadcast(request, self.plan.roster, self.plan.settings.deadline_s)
+        good = {d.site: d.answer for d in deliveries if isinstance(d.answer, Attestation) and d.answer.site == d.site}
+        self._need_quorum("attestation", good, deliveries)
+        digests = {a.features_sha256 for a in good.values()}
+        if len(digests) > 1:
+            raise SiteRefused(
+                f"sites compute different features: {', '.join(f'{s} {a.features_sha256[:8]}' for s, a in sorted(good.items()))}",
+                fix="install the same fedmat version at every site and use the same consortium.yaml",
+            )
+        self.attestations = {s: good[s] for s in sorted(good)}
+        return {d.site: d.bytes_down + d.bytes_up for d in deliveries}
+
+    def _start(self, engine: Engine, setup_bytes: Mapping[str, int]) -> Checkpoint:
+        request = StatisticsRequest(self.plan.sha256)
+        deliveries = engine.broadcast(request, tuple(self.attestations), self.plan.settings.deadline_s)
+        width = len(next(iter(self.attestations.values())).feature_names)
+        good: dict[str, Statistics] = {}
+        for d in deliveries:
+            a = d.answer
+            if isinstance(a, Statistics) and a.site == d.site and _sound(a, width, self.attestations[d.site].n_train):
+                good[d.site] = a
+        self._need_quorum("statistics", good, deliveries)
+        scaler = federated_scaler([good[s] for s in sorted(good)], binary=self.plan.task.kind == "binary")
+        weights = self._initial(int(scaler.active.sum()))
+        control = wts.zeros_like(weights) if self.plan.settings.algorithm == "scaffold" else {}
+        state = Checkpoint(self.plan.sha256, self._attested(), 0, weights, control, scaler, {})
+        total = {d.site: d.bytes_down + d.bytes_up + setup_bytes.get(d.site, 0) for d in deliveries}
+        setup = {"attestations": wire.plain(self.attestations), "setup_bytes": total,
+                 "failures": [wire.plain(d.answer) for d in deliveries if isinstance(d.answer, Dropout | Rejection)]}  # fmt: skip
+        files.write_json(self.folder / SETUP, setup)
+        files.write_atomic(self.folder / CHECKPOINT, wire.encode(state))
+        return state
+
+    # --- one round -----------------------------------------------------------------------------------------------
+
+    def _round(self, engine: Engine, state: Checkpoint) -> tuple[RoundReport, Checkpoint]:
+        started = time.perf_counter()
+        plan, number = self.plan, state.next_round
+        request = TrainRequest(plan.sha256, number, plan.lr(number), state.weights, state.scaler, state.control)
+        asked = tuple(self.attestations)
+        request_sha256 = wire.digest(request)
+        deliveries = engine.broadcast(request, asked, plan.settings.deadline_s)
+        updates: dict[str, Update] = {}
+        dropouts: list[Dropout] = []
+        rejections: list[Rejection] = []
+        for d in deliveries:
+            if isinstance(d.answer, Dropout):
+                dropouts.append(d.answer)
+                continue
+            verdict = d.answer if isinstance(d.answer, Rejection) else self._admit(d, request, request_sha256)
+            if isinstance(verdict, Rejection):
+                rejections.append(verdict)
+            elif isinstance(d.answer, Update):
+                updates[d.site] = d.answer
+        self._need_quorum(f"round {number + 1}", updates, deliveries, rejections)
+        sites = sorted(updates)
+        shares = self._shares(sites)
+        order = [shares[s] for s in sites]
+        total = self._rule.total([wts.flatten(updates[s].delta) for s in sites], order)
+        step, server = self._rule.finish(total, state.server)
+        weights = wts.unflatten(wts.flatten(state.weights) + step, state.weights)
+        control = state.control
+        if control:  # SCAFFOLD, Algorithm 1 line 17: plain mean, scaled by the share of sites taking part
+            mean = self._rule.total([wts.flatten(updates[s].control_delta) for s in sites], [1 / len(sites)] * len(sites))
+            part = len(sites) / len(plan.roster)
+            control = wts.unflatten(wts.flatten(control) + part * mean, control)
+        following = dataclasses.replace(state, next_round=number + 1, weights=weights, control=control, server=server)
+        seconds = time.perf_counter() - started
+        report = RoundReport(
+            round=number,
+            rounds=plan.settings.rounds,
+            rule=self._rule.name,
+            lr=request.lr,
+            accepted=tuple(sites),
+            shares=shares,
+            update_norms={s: wts.norm(updates[s].delta) for s in sites},
+            train_loss={s: updates[s].train_loss for s in sites},
+            dropouts=tuple(dropouts),
+            rejections=tuple(rejections),
+            bytes_down={d.site: d.bytes_down for d in deliveries},
+            bytes_up={d.site: d.bytes_up for d in deliveries},
+            model_sha256=files.sha256(wire.encode(GlobalModel(weights, state.scaler, self._spec()))),
+            plan_sha256=plan.sha256,
+            validation=_validation({s: updates[s].validation for s in sites}),
+            seconds=seconds,
+            overhead_seconds=seconds - sum(d.seconds for d in deliveries),
+        )
+        return report, following
+
+    def _admit(self, delivery: Delivery, request: TrainRequest, request_sha256: str) -> Rejection | None:
+        update, site = delivery.answer, delivery.site
+        if not isinstance(update, Update):
+            return Rejection(site, "malformed", f"answered a training request with {type(update).__name__}")
+        if update.site != site:
+            return Rejection(site, "wrong_site", "signed with another site's name")
+        if update.plan_sha256 != self.plan.sha256:
+            return Rejection(site, "wrong_plan", "made for another plan")
+        if update.round != request.round or update.request_sha256 != request_sha256:
+            return Rejection(site, "wrong_round", f"answers another request than round {request.round + 1}'s")
+        shapes = wts.same_shape(update.delta, request.weights) and wts.same_shape(
+            update.control_delta or request.control, request.control
+        )
+        if not shapes or bool(update.control_delta) != bool(request.control):
+            return Rejection(site, "wrong_shape", "tensors differ in name, shape or type from the request's")
+        if not (wts.is_finite(update.delta) and wts.is_finite(update.control_delta)):
+            return Rejection(site, "non_finite", "holds NaN or infinity")
+        size = wts.norm(update.delta)
+        if size > self.plan.settings.max_update_norm:
+            return Rejection(site, "too_large", f"norm {size:.3g}, the plan permits {self.plan.settings.max_update_norm:g}")
+        return None
+
+    def _shares(self, sites: Sequence[str]) -> dict[str, float]:
+        if self.plan.settings.site_weights == "equal":
+            return equal_shares(sites)
+        return row_shares({s: self.attestations[s].n_train for s in sites}, self.plan.settings.max_weight_share)
+
+    def _need_quorum(
+        self, what: str, good: Mapping[str, object], deliveries: Sequence[Delivery], rejections: Sequence[Rejection] = ()
+    ) -> None:
+        quorum = self.plan.settings.quorum
+        if len(good) >= quorum:
+            return
+        why = [f"{a.site} {a.reason}: {a.detail}" for a in [d.answer for d in deliveries] if isinstance(a, Dropout | Rejection)]
+        why += [f"{r.site} {r.reason}: {r.detail}" for r in rejections if f"{r.site} {r.reason}: {r.detail}" not in why]
+        raise RoundFailed(
+            f"{what}: {len(good)} of {len(self.plan.roster)} sites answered well, the quorum is {quorum}; " + "; ".join(why),
+            fix="mend the named sites, or lower plan.quorum, and run again: it goes on from the last good round",
+        )
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def _attested(self) -> str:
+        return files.sha256(files.canonical_json(wire.plain(self.attestations)))
+
+    def _spec(self) -> dict[str, object]:
+        plan = self.plan.as_json()
+        first = next(iter(self.attestations.values()))
+        return {
+            "schema": "fedmat/model/1",
+            "record_type": plan["task"]["record_type"],
+            "task": plan["task"],
+            "features": tuple(plan["features"]),
+            "feature_names": tuple(first.feature_names),
+            "features_sha256": first.features_sha256,
+            "model": plan["model"],
+            "plan_sha256": self.plan.sha256,
+        }
+
+    def _restore(self) -> Checkpoint | None:
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            (self.folder / ROUNDS).unlink(missing_ok=True)
+            return None
+        try:
+            state = wire.decode(path.read_bytes(), Checkpoint)
+        except WireError as error:
+            raise StateError(f"{path}: damaged ({error.what})", fix="restore it, or start afresh with --fresh") from None
+        if state.plan_sha256 != self.plan.sha256:
+            raise StateError(f"{path}: belongs to another plan", fix="start afresh with --fresh, or name another --run-id")
+        self._recall(state)
+        self._drop_reports_from(state.next_round)
+        return state
+
+    def _recall(self, state: Checkpoint) -> None:
+        """Takes up what the sites attested when the run began; a site that now attests other data stops the run."""
+        path = self.folder / SETUP
+        stored = {
+            site: Attestation(**{**entry, "feature_names": tuple(entry["feature_names"])})
+            for site, entry in files.read_json(path)["attestations"].items()
+        }
+        now, self.attestations = self.attestations, stored
+        if self._attested() != state.attestations_sha256:
+            raise StateError(f"{path}: was changed since the run began", fix="restore it, or start afresh with --fresh")
+        changed = [site for site, attestation in now.items() if site in stored and attestation != stored[site]]
+        if changed:
+            raise StateError(
+                f"{self.folder}: {', '.join(changed)} attests other data than when this run began",
+                fix="start afresh with --fresh to train on the new data",
+            )
+
+    def _save(self, report: RoundReport, state: Checkpoint) -> None:
+        """Report first, checkpoint second: after a crash in between, the report of the repeated round is dropped."""
+        line = json.dumps(wire.plain(report), sort_keys=True, allow_nan=False)
+        with (self.folder / ROUNDS).open("a", encoding="utf-8") as handle:
+            handle.write(line + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        files.write_atomic(self.folder / CHECKPOINT, wire.encode(state))
+
+    def _drop_reports_from(self, number: int) -> None:
+        path = self.folder / ROUNDS
+        if not path.exists():
+            return
+        lines = path.read_bytes().splitlines(keepends=True)
+        if len(lines) > number:
+            files.write_atomic(path, b"".join(lines[:number]))
+
+
+def _sound(s: Statistics, width: int, rows: int) -> bool:
+    shapes = s.count.shape == s.total.shape == s.total_squares.shape == (width,) and s.target.shape == (3,)
+    return bool(
+        shapes
+        and all(np.isfinite(a).all() for a in (s.count, s.total, s.total_squares, s.target))
+        and s.target[0] == rows  # no site may count for more rows than it attested
+        and (s.count <= rows).all()
+        and (s.count >= 0).all()
+    )
+
+
+def _validation(sums: Mapping[str, np.ndarray]) -> dict[str, float]:  # type: ignore[type-arg]
+    good = [s for s in sums.values() if s.shape == (5,) and np.isfinite(s).all() and s[0] > 0]
+    if not good:
+        return {}
+    n, absolute, square = (float(sum(s[i] for s in good)) for i in range(3))
+    return {"n": n, "mae": absolute / n, "rmse": float(np.sqrt(square / n))}

@@ -1,0 +1,206 @@
+"""Engines deliver requests to sites and bring answers back; they decide nothing.
+
+Knows: bytes, deadlines, processes. Refuses to know: what a good update is (the coordinator) and what a record is.
+A site that is late, crashes or answers nonsense is a value in the delivery, never an exception.
+"""
+
+from __future__ import annotations
+
+import abc
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any
+
+from fedmat import wire
+from fedmat.domain import (
+    Answer,
+    Attestation,
+    AttestRequest,
+    Baseline,
+    BaselineRequest,
+    Delivery,
+    Dropout,
+    EvaluateRequest,
+    Evaluation,
+    Rejection,
+    Request,
+    Statistics,
+    StatisticsRequest,
+    TrainRequest,
+    Update,
+)
+from fedmat.errors import FedmatError, WireError
+
+Handler = Callable[[bytes], bytes]
+_START_UP_S = 300.0  # imports and features of a site's own process; not counted against its deadline
+_EXPECTED: dict[type, type] = {
+    AttestRequest: Attestation,
+    StatisticsRequest: Statistics,
+    TrainRequest: Update,
+    BaselineRequest: Baseline,
+    EvaluateRequest: Evaluation,
+}
+
+
+class Engine(abc.ABC):
+    """The one port between the coordinator and the sites."""
+
+    def broadcast(self, request: Request, sites: Sequence[str], deadline_s: float) -> Sequence[Delivery]:
+        """Sends ``request`` to ``sites`` and returns one delivery per site, in the order of ``sites``."""
+        return self.scatter(dict.fromkeys(sites, request), deadline_s)
+
+    def scatter(self, requests: Mapping[str, Request], deadline_s: float) -> Sequence[Delivery]:
+        """Sends each site its own request and returns one delivery per site, in the order of ``requests``."""
+        encoded: dict[int, bytes] = {}
+        for request in requests.values():
+            if id(request) not in encoded:
+                encoded[id(request)] = wire.encode(request)
+        data = {site: encoded[id(request)] for site, request in requests.items()}
+        replies = self.exchange(data, deadline_s)
+        return [
+            _delivery(site, data[site], reply, seconds, _EXPECTED[type(requests[site])])
+            for site, (reply, seconds) in zip(requests, replies, strict=True)
+        ]
+
+    @abc.abstractmethod
+    def exchange(self, data: Mapping[str, bytes], deadline_s: float) -> Sequence[tuple[bytes | Dropout, float]]:
+        """Sends bytes to sites; returns each site's bytes, or the failure, and the seconds it took."""
+
+    def close(self) -> None:  # noqa: B027  most engines hold nothing
+        """Gives back what the engine holds; a closed engine is not used again."""
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class InProcessEngine(Engine):
+    """Calls every site's handler in this process, one after another; each site's deadline runs on its own."""
+
+    def __init__(self, handlers: Mapping[str, Handler]) -> None:
+        self._handlers = dict(handlers)
+
+    def exchange(self, data: Mapping[str, bytes], deadline_s: float) -> Sequence[tuple[bytes | Dropout, float]]:
+        """See :class:`Engine`. A handler that overruns is cut only by process isolation; here its answer is left out."""
+        out: list[tuple[bytes | Dropout, float]] = []
+        for site, request in data.items():
+            started = time.perf_counter()
+            try:
+                handler = self._handlers[site]
+            except KeyError:
+                out.append((Dropout(site, "unreachable", "the engine has no such site"), 0.0))
+                continue
+            reply = answer(site, handler, request)
+            seconds = time.perf_counter() - started
+            if seconds > deadline_s:
+                reply = Dropout(site, "late", f"answered after {seconds:.0f} s, the deadline is {deadline_s:g} s")
+            out.append((reply, seconds))
+        return out
+
+
+class ProcessEngine(Engine):
+    """One process per site, started on first use: a site that hangs or is killed costs its own answer and no more."""
+
+    def __init__(self, factories: Mapping[str, tuple[Callable[..., Handler], tuple[Any, ...]]]) -> None:
+        """Takes, per site, an importable factory and its arguments; the handler is built inside the site's process."""
+        self._factories = dict(factories)
+        self._context = multiprocessing.get_context("spawn")
+        self._running: dict[str, tuple[multiprocessing.process.BaseProcess, Connection]] = {}
+
+    def exchange(self, data: Mapping[str, bytes], deadline_s: float) -> Sequence[tuple[bytes | Dropout, float]]:
+        """See :class:`Engine`. All sites work at once; a late one is killed and started afresh for its next request."""
+        with ThreadPoolExecutor(max_workers=max(1, len(data))) as pool:
+            jobs = [pool.submit(self._one, site, request, deadline_s) for site, request in data.items()]
+            return [job.result() for job in jobs]
+
+    def _one(self, site: str, request: bytes, deadline_s: float) -> tuple[bytes | Dropout, float]:
+        started = time.perf_counter()
+        if site not in self._factories:
+            return Dropout(site, "unreachable", "the engine has no such site"), 0.0
+        try:
+            _, pipe = self._process(site)
+            started = time.perf_counter()  # start-up is not the site's time
+            pipe.send_bytes(request)
+            if not pipe.poll(deadline_s):
+                self._stop(site)
+                return Dropout(site, "late", f"no answer within {deadline_s:g} s"), time.perf_counter() - started
+            kind, _, body = pipe.recv_bytes().partition(b"\n")
+        except (EOFError, OSError):
+            self._stop(site)
+            return Dropout(site, "crashed", "the site's process ended"), time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        if kind == b"ok":
+            return body, seconds
+        reason = "refused" if kind == b"refused" else "crashed"
+        return Dropout(site, reason, body.decode()), seconds  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Ends every site's process."""
+        for site in list(self._running):
+            self._stop(site)
+
+    def _process(self, site: str) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+        if site not in self._running:
+            ours, theirs = self._context.Pipe()
+            factory, arguments = self._factories[site]
+            process = self._context.Process(target=_serve, args=(site, theirs, factory, arguments), daemon=True)
+            process.start()
+            theirs.close()
+            if ours.poll(_START_UP_S):
+                ours.recv_bytes()
+            self._running[site] = (process, ours)
+        return self._running[site]
+
+    def _stop(self, site: str) -> None:
+        process, pipe = self._running.pop(site, (None, None))
+        if process is not None and pipe is not None:
+            pipe.close()
+            process.kill()
+            process.join(5.0)
+
+
+def answer(site: str, handler: Handler, request: bytes) -> bytes | Dropout:
+    """Returns the handler's answer; an exception becomes a Dropout whose text can hold no record value."""
+    try:
+        return handler(request)
+    except FedmatError as error:
+        return Dropout(site, "refused", error.what)
+    except Exception as error:  # the text of a foreign exception may hold data: only its type leaves
+        return Dropout(site, "crashed", type(error).__name__)
+
+
+def _serve(site: str, pipe: Connection, factory: Callable[..., Handler], arguments: tuple[Any, ...]) -> None:
+    """Runs in the site's process: builds the handler, says so, then answers one request after another."""
+    built: list[Handler] = []
+
+    def build(_: bytes) -> bytes:
+        built.append(factory(*arguments))
+        return b""
+
+    failure = answer(site, build, b"")
+    pipe.send_bytes(b"ready")
+    while True:
+        try:
+            request = pipe.recv_bytes()
+        except EOFError:
+            return
+        pipe.send_bytes(_frame(answer(site, built[0], request) if built else failure))
+
+
+def _frame(reply: bytes | Dropout) -> bytes:
+    return b"ok\n" + reply if isinstance(reply, bytes) else f"{reply.reason}\n{reply.detail}".encode()
+
+
+def _delivery(site: str, request: bytes, reply: bytes | Dropout, seconds: float, expected: type) -> Delivery:
+    if isinstance(reply, Dropout):
+        return Delivery(site, reply, len(request), 0, seconds)
+    try:
+        message: Answer | Rejection = wire.decode(reply, expected)
+    except WireError as error:
+        message = Rejection(site, "malformed", error.what)
+    return Delivery(site, message, len(request), len(reply), seconds)

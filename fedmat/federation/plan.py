@@ -1,0 +1,121 @@
+"""The plan: everything that decides the bytes of the global model, checked before any byte leaves a site.
+
+Knows: which settings exclude each other, and the learning rate of every round. Refuses to know: where data lies and
+how messages are delivered; neither changes the model, so neither is in the plan's digest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmat import files
+from fedmat.config import Admission, ConsortiumConfig, FeatureSpec, ModelSpec, PlanSettings, Splits, Task
+from fedmat.errors import PlanRefused
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Description of one run. Two plans with equal digests give equal models on equal data."""
+
+    consortium: str
+    simulated: bool
+    roster: tuple[str, ...]
+    task: Task
+    features: tuple[FeatureSpec, ...]
+    model: ModelSpec
+    splits: Splits
+    admission: Admission
+    settings: PlanSettings
+
+    def __post_init__(self) -> None:
+        _refuse(self)
+
+    @classmethod
+    def of(cls, config: ConsortiumConfig) -> Plan:
+        """Returns the plan that a consortium file describes.
+
+        Raises:
+            PlanRefused: two settings exclude each other; the message names both and the way out.
+        """
+        return cls(
+            config.name, config.simulated, config.roster, config.task, config.features, config.model, config.splits,
+            config.admission, config.plan,
+        )  # fmt: skip
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the plan as plain JSON, without what only says how messages are delivered."""
+        return {
+            "schema": "fedmat/plan/1",
+            "consortium": self.consortium,
+            "simulated": self.simulated,
+            "roster": list(self.roster),
+            "task": self.task.model_dump(mode="json"),
+            "features": [f.model_dump(mode="json") for f in self.features],
+            "model": self.model.model_dump(mode="json"),
+            "splits": self.splits.model_dump(mode="json"),
+            "admission": self.admission.model_dump(mode="json"),
+            "settings": self.settings.model_dump(mode="json", exclude={"isolation", "deadline_s"}),
+        }
+
+    @property
+    def sha256(self) -> str:
+        """Digest of :meth:`as_json` in canonical form."""
+        return files.sha256(files.canonical_json(self.as_json()))
+
+    def factor(self, round_number: int) -> float:
+        """Returns the learning-rate factor of a round (0-based)."""
+        s, rounds = self.settings.schedule, self.settings.rounds
+        if round_number < s.warmup_rounds:
+            return (round_number + 1) / (s.warmup_rounds + 1)
+        if s.kind == "constant":
+            return 1.0
+        if s.kind == "step":
+            return max(s.final_factor, 0.5 ** ((round_number - s.warmup_rounds) // s.step_every))
+        span = max(1, rounds - 1 - s.warmup_rounds)
+        progress = (round_number - s.warmup_rounds) / span
+        return s.final_factor + (1.0 - s.final_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    def lr(self, round_number: int) -> float:
+        """Returns the local learning rate of a round (0-based)."""
+        return self.settings.local.lr * self.factor(round_number)
+
+    def rates(self, steps_per_round: int) -> NDArray[np.float64]:
+        """Returns the learning rate of every step of a run without rounds (local-only, pooled), same schedule."""
+        return np.repeat([self.lr(r) for r in range(self.settings.rounds)], steps_per_round)
+
+
+def _refuse(plan: Plan) -> None:
+    s, n = plan.settings, len(plan.roster)
+    if s.quorum > n:
+        raise PlanRefused(f"plan.quorum is {s.quorum} and the consortium has {n} sites", fix=f"set plan.quorum to at most {n}")
+    if s.site_weights == "rows" and s.max_weight_share * s.quorum < 1.0:
+        raise PlanRefused(
+            f"plan.max_weight_share {s.max_weight_share} and plan.quorum {s.quorum}: a round of {s.quorum} sites could not "
+            "give away all weight",
+            fix=f"raise max_weight_share to {1 / s.quorum:.2f} or more, or the quorum to {math.ceil(1 / s.max_weight_share)}",
+        )
+    if s.schedule.warmup_rounds >= s.rounds:
+        raise PlanRefused(
+            f"plan.schedule.warmup_rounds {s.schedule.warmup_rounds} and plan.rounds {s.rounds}: warm-up never ends",
+            fix="warm up for fewer rounds than there are",
+        )
+    if (s.algorithm == "fedprox") != (s.local.mu > 0):
+        raise PlanRefused(
+            f"plan.algorithm {s.algorithm} and plan.local.mu {s.local.mu} disagree",
+            fix="fedprox needs local.mu > 0 (0.01 to 1 is usual); every other algorithm needs mu: 0",
+        )
+    if s.algorithm == "scaffold":
+        for name, wrong, fix in (
+            ("plan.local.optimizer", s.local.optimizer != "sgd", "use plan.local.optimizer: sgd"),
+            ("plan.site_weights", s.site_weights != "equal", "use plan.site_weights: equal"),
+            ("plan.local.weight_decay", s.local.weight_decay > 0, "use plan.local.weight_decay: 0"),
+            ("plan.server.name", s.server.name != "sgd", "use plan.server.name: sgd"),
+        ):
+            if wrong:
+                raise PlanRefused(f"plan.algorithm scaffold and {name}: its control variates assume plain SGD steps and "
+                                  "a plain mean", fix=fix)  # fmt: skip

@@ -1,0 +1,65 @@
+"""Files that are whole or not there: atomic writes, digests and canonical JSON (RFC 8785).
+
+Knows: bytes and paths. Refuses to know: what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import rfc8785
+
+from fedmat.errors import StateError
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replaces ``path`` by ``data`` so that a reader, or a crash, sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(data: bytes) -> str:
+    """Returns the hex SHA-256 of ``data``."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Returns the hex SHA-256 of a file's bytes, read in pieces."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """Returns ``value`` as RFC 8785 canonical JSON: equal values give equal bytes. NaN is refused."""
+    return rfc8785.dumps(value)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` atomically as indented JSON with sorted keys; NaN is refused."""
+    write_atomic(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Returns a JSON file's value.
+
+    Raises:
+        StateError: the file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise StateError(f"{path}: no such file", fix="run the step that writes it") from None
+    except ValueError:
+        raise StateError(f"{path}: not valid JSON (half written or edited)", fix="remove it and run again") from None

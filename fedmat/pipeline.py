@@ -1,0 +1,481 @@
+"""The steps of a run as plain functions: flows, DVC stages and the command line call these and hold no science.
+
+Knows: the order of steps and the folders they share. Refuses to know: Prefect, DVC, the terminal, the clock's date.
+A ``Run`` is a reference (paths and names); passing it around passes no record and no tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmat import files, wire
+from fedmat._version import __version__
+from fedmat.config import ConsortiumConfig, SiteConfig, load_consortium, load_site
+from fedmat.domain import Baseline, Evaluation, GlobalModel, RoundReport
+from fedmat.errors import ConfigError, NotEvidenced
+from fedmat.federation.plan import Plan
+
+if TYPE_CHECKING:
+    from fedmat.baselines import Arm
+    from fedmat.data.records import Snapshot
+    from fedmat.data.versions import Version
+    from fedmat.features.table import FeatureTable
+    from fedmat.federation.engine import Engine, Handler
+    from fedmat.lineage import Registered
+
+MODEL, PLAN, METRICS, EVALUATIONS, TIMINGS = (
+    "model.safetensors", "plan.json", "metrics.json", "evaluations.json", "timings.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run's files are.
+
+    Attributes:
+        consortium_file: the consortium.yaml.
+        home: workspace of the consortium; holds ``sites/`` and ``runs/``.
+        run_id: name of the run's folder; None means: named by plan and data, so that the same plan on the same data
+            is the same run and goes on where it stopped.
+    """
+
+    consortium_file: Path
+    home: Path
+    run_id: str | None = None
+    rounds: int | None = None
+
+    def config(self) -> ConsortiumConfig:
+        """Returns the consortium file's settings, with this run's number of rounds if it has its own."""
+        config = load_consortium(self.consortium_file)
+        if self.rounds is None:
+            return config
+        plan = config.plan.model_copy(update={"rounds": self.rounds})
+        return config.model_copy(update={"plan": plan})
+
+    def plan(self) -> Plan:
+        """Returns the checked plan."""
+        return Plan.of(self.config())
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Site names in roster order."""
+        return self.config().roster
+
+    def site_folder(self, site: str) -> Path:
+        """The site's own workspace."""
+        return self.home / "sites" / site
+
+    def site_config(self, site: str) -> tuple[SiteConfig, Path]:
+        """Returns a member's site file and its path.
+
+        Raises:
+            ConfigError: no such member, or the file says another site or record type.
+        """
+        config = self.config()
+        member = next((m for m in config.members if m.site == site), None)
+        if member is None:
+            raise ConfigError(
+                f"{self.consortium_file}: there is no member '{site}'", fix=f"use one of {', '.join(config.roster)}"
+            )
+        path = (self.consortium_file.parent / member.file).resolve()
+        settings = load_site(path)
+        if settings.site != site:
+            raise ConfigError(f"{path}: says site '{settings.site}', consortium.yaml calls it '{site}'", fix="make them agree")
+        if settings.record_type != config.task.record_type:
+            raise ConfigError(
+                f"{path}: site {site} has {settings.record_type} records, the task needs {config.task.record_type}",
+                fix="correct record_type, or join another consortium",
+            )
+        return settings, path
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder.
+
+        Raises:
+            StateError: the run is named by its data and a site is not prepared yet.
+        """
+        return self.home / "runs" / (self.run_id or self._name())
+
+    def _name(self) -> str:
+        data = {s: files.read_json(self.site_folder(s) / "manifest.json")["sha256"] for s in self.sites}
+        return files.sha256(files.canonical_json({"plan": self.plan().sha256, "data": data}))[:12]
+
+    def reports(self) -> list[dict[str, Any]]:
+        """Returns the round reports so far, as plain JSON."""
+        path = self.folder / "rounds.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@dataclass(frozen=True)
+class FeatureRef:
+    """Reference to a site's features."""
+
+    site: str
+    sha256: str
+    n_rows: int
+    n_features: int
+
+
+def open_run(
+    consortium_file: Path, *, home: Path | None = None, run_id: str | None = None, rounds: int | None = None
+) -> Run:
+    """Returns the run of a consortium file after checking the file, its members and its plan.
+
+    Args:
+        home: workspace; by default ``$FEDMAT_HOME``, else ``.fedmat``, plus the consortium's name.
+        rounds: replaces the plan's number of rounds.
+
+    Raises:
+        ConfigError, PlanRefused: a file or the plan is wrong.
+    """
+    path = Path(consortium_file).resolve()
+    config = load_consortium(path)
+    base = home or Path(os.environ.get("FEDMAT_HOME", ".fedmat")) / config.name
+    run = Run(path, base.resolve(), run_id, rounds)
+    run.plan()
+    for site in run.sites:
+        run.site_config(site)
+    return run
+
+
+# --- at each site ------------------------------------------------------------------------------------------------
+
+
+def prepare_site(run: Run, site: str) -> Snapshot:
+    """Ingests, converts and checks one site's data; writes its accepted records, manifest and quarantine."""
+    from fedmat.data import records
+
+    config = run.config()
+    settings, path = run.site_config(site)
+    with _timed(run.site_folder(site) / "prepare-seconds.json"):
+        return records.prepare(
+            settings, path.parent, run.site_folder(site), target=config.task.target, admission=config.admission
+        )
+
+
+def version_site(run: Run, site: str, now: datetime) -> Version:
+    """Records the site's accepted data as a version of the site's own git and DVC repository."""
+    from fedmat.data import versions
+
+    return versions.publish(run.site_folder(site), site=site, message=f"{run.config().name}: accepted records", now=now)
+
+
+def featurize_site(run: Run, site: str) -> FeatureRef:
+    """Computes (or finds cached) features of one site."""
+    with _timed(run.site_folder(site) / "featurize-seconds.json"):
+        table = _table(run, site)
+    return FeatureRef(site, table.sha256, len(table), len(table.names))
+
+
+def build_handler(consortium_file: Path, home: Path, rounds: int | None, site: str) -> Handler:
+    """Returns the function that answers requests for one site; importable, so that a site's own process can build it."""
+    from fedmat.federation.site import SiteWorker
+
+    run = Run(consortium_file, home, None, rounds)
+    folder = run.site_folder(site)
+    manifest = files.read_json(folder / "manifest.json")
+    return SiteWorker(site, run.plan(), _table(run, site), manifest, folder).handle
+
+
+@contextmanager
+def open_engine(run: Run) -> Iterator[Engine]:
+    """Gives the in-process engine, with one process per site where the plan says so."""
+    from fedmat.federation.engine import InProcessEngine, ProcessEngine
+
+    arguments = {s: (run.consortium_file, run.home, run.rounds, s) for s in run.sites}
+    engine: Engine
+    if run.plan().settings.isolation == "process":
+        engine = ProcessEngine({s: (build_handler, a) for s, a in arguments.items()})
+    else:
+        engine = InProcessEngine({s: build_handler(*a) for s, a in arguments.items()})
+    with engine:
+        yield engine
+
+
+# --- for the consortium ------------------------------------------------------------------------------------------
+
+
+def train(run: Run, *, resume: bool = True) -> Iterator[RoundReport]:
+    """Runs the rounds that are still to do, yielding a report after each; writes the global model at the end.
+
+    Args:
+        resume: False throws away this run's earlier rounds.
+    """
+    from fedmat.federation.coordinator import CHECKPOINT, ROUNDS, SETUP, Coordinator
+    from fedmat.models import mlp
+
+    plan = run.plan()
+    folder = run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        for name in (CHECKPOINT, ROUNDS, SETUP, MODEL, METRICS, EVALUATIONS, TIMINGS):
+            (folder / name).unlink(missing_ok=True)
+    files.write_json(folder / PLAN, plan.as_json())
+    files.write_atomic(run.home / "runs" / "latest", folder.name.encode())
+    started = time.perf_counter()
+    with open_engine(run) as engine:
+        coordinator = Coordinator(plan, lambda n: mlp.initial_weights(plan.model, n, plan.settings.seed), folder)
+        ran = False
+        for report in coordinator.run(engine):
+            ran = True
+            yield report
+    wire.save_model(coordinator.model(), folder / MODEL)
+    if ran:
+        overhead = [r["overhead_seconds"] for r in run.reports()]
+        _note(folder, train=time.perf_counter() - started, round_overhead_mean=sum(overhead) / len(overhead))
+
+
+def baselines(run: Run, progress: Callable[[str], None] | None = None) -> None:
+    """Trains what the global model is compared with: local-only, fine-tuned and, if simulated, pooled models."""
+    from fedmat import baselines as arms
+
+    plan, folder = run.plan(), run.folder
+    model = wire.load_model(folder / MODEL)
+    say = progress or (lambda _: None)
+    out: list[Baseline] = []
+    with _timed_note(folder, "baselines"):
+        with open_engine(run) as engine:
+            say("local-only and fine-tuned models")
+            for pair in arms.own_models(engine, plan, model, _asked(folder)).values():
+                out += pair
+        for baseline in out:
+            name = f"{baseline.arm}-{baseline.site}"
+            files.write_atomic(folder / "arms" / f"{name}.safetensors", wire.encode(baseline))
+        if plan.simulated:
+            say("pooled model")
+            arm = arms.pooled(plan, {s: _table(run, s) for s in _asked(folder)})
+            wire.save_model(GlobalModel(arm.weights, arm.scaler, {"arm": "pooled"}), folder / "arms" / "pooled.safetensors")
+
+
+def evaluate(run: Run) -> dict[str, Any]:
+    """Scores every arm at every site that may see it, and writes evaluations.json and metrics.json."""
+    from fedmat import baselines as arms
+
+    plan, folder = run.plan(), run.folder
+    model = wire.load_model(folder / MODEL)
+    sites = _asked(folder)
+    own, pooled = _trained_arms(folder, plan.simulated)
+    to_score = [arms.Arm("federated", model.weights, model.scaler), arms.dummy(model), *pooled]
+    evaluations: list[Evaluation] = []
+    for baseline in own:
+        if baseline.weights and baseline.scaler is not None:
+            to_score.append(arms.Arm(f"{baseline.arm}:{baseline.site}", baseline.weights, baseline.scaler))
+        else:
+            evaluations.append(baseline.evaluation)
+    with _timed_note(folder, "evaluate"), open_engine(run) as engine:
+        for arm in to_score:
+            evaluations += arms.score(engine, plan, arm, sites)
+    evaluations.sort(key=lambda e: (e.arm, e.site))
+    files.write_json(folder / EVALUATIONS, wire.plain(evaluations))
+    result = _metrics(run, evaluations)
+    files.write_json(folder / METRICS, result)
+    return result
+
+
+def report(run: Run) -> Path:
+    """Writes the run's HTML report and returns its path."""
+    from fedmat import report as page
+
+    _collect_site_timings(run)
+    return page.write(run.folder)
+
+
+def publish(run: Run, tracking_uri: str | None = None) -> Registered:
+    """Registers the run's model in MLflow; promotes it when it beats the present champion on the same test set."""
+    from fedmat import lineage
+
+    return lineage.register(run.folder, tracking_uri=tracking_uri or lineage.registry_uri(Path.cwd()))
+
+
+# --- inside --------------------------------------------------------------------------------------------------------
+
+
+def _table(run: Run, site: str) -> FeatureTable:
+    from fedmat.data.contract import record_type
+    from fedmat.features import dataset, registry
+
+    config = run.config()
+    rt = record_type(config.task.record_type)
+    features = registry.build(config.features, rt, config.task.target)
+    return dataset.featurize(run.site_folder(site), features, config.task, config.splits, rt)
+
+
+def _asked(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(files.read_json(folder / "attestations.json")["attestations"]))
+
+
+def _trained_arms(folder: Path, simulated: bool) -> tuple[list[Baseline], list[Arm]]:
+    from fedmat.baselines import Arm
+
+    own: list[Baseline] = []
+    for site in _asked(folder):
+        for arm in ("local", "finetuned"):
+            path = folder / "arms" / f"{arm}-{site}.safetensors"
+            if not path.exists():
+                raise NotEvidenced(f"{path}: the {arm} model of {site} was not trained", fix="run the baselines step first")
+            own.append(wire.decode(path.read_bytes(), Baseline))
+    pooled: list[Arm] = []
+    if simulated:
+        path = folder / "arms" / "pooled.safetensors"
+        if not path.exists():
+            raise NotEvidenced(f"{path}: the pooled model was not trained", fix="run the baselines step first")
+        model = wire.load_model(path)
+        pooled.append(Arm("pooled", model.weights, model.scaler))
+    return own, pooled
+
+
+def _metrics(run: Run, evaluations: list[Evaluation]) -> dict[str, Any]:
+    from fedmat.federation.evaluation import metrics
+
+    config, folder, plan = run.config(), run.folder, run.plan()
+    kind, task = config.task.kind, config.task
+    sites = _asked(folder)
+    by_arm: dict[str, dict[str, Evaluation]] = {}
+    for e in evaluations:
+        by_arm.setdefault(e.arm, {})[e.site] = e
+
+    def everywhere(arm: str) -> dict[str, Any] | None:
+        found = by_arm.get(arm, {})
+        return metrics(found.values(), kind) if set(found) == set(sites) else None
+
+    def at(arm: str, site: str) -> dict[str, Any] | None:
+        found = by_arm.get(arm, {}).get(site)
+        return metrics([found], kind) if found else None
+
+    attestations = files.read_json(folder / "attestations.json")["attestations"]
+    organisations = {m.site: m.organisation for m in config.members}
+    site_rows: dict[str, Any] = {}
+    for site in sites:
+        a = attestations[site]
+        own = {"local": at(f"local:{site}", site), "federated": at("federated", site),
+               "finetuned": at(f"finetuned:{site}", site), "pooled": at("pooled", site)}  # fmt: skip
+        beyond = {"local": everywhere(f"local:{site}"), "finetuned": everywhere(f"finetuned:{site}")}
+        site_rows[site] = {
+            "organisation": organisations[site],
+            **{k: a[k] for k in ("n_train", "n_validation", "n_test", "n_groups", "rejected", "dataset_sha256")},
+            "own": _known(own),
+            "global": _known(beyond),
+        }
+    overall = _known({
+        "federated": everywhere("federated"),
+        "pooled": everywhere("pooled"),
+        "dummy": everywhere("dummy"),
+        "local_mean": _mean([site_rows[s]["global"].get("local") for s in sites]),
+        "finetuned_mean": _mean([site_rows[s]["global"].get("finetuned") for s in sites]),
+    })  # fmt: skip
+    overall |= _comparisons(overall, [site_rows[s]["global"].get("local") for s in sites], task.metric)
+    rows = run.reports()
+    traffic = {s: {"down": sum(r["bytes_down"].get(s, 0) for r in rows), "up": sum(r["bytes_up"].get(s, 0) for r in rows)}
+               for s in sites}  # fmt: skip
+    up = sum(t["up"] for t in traffic.values())
+    model_sha256 = files.sha256_file(folder / MODEL)
+    return {
+        "schema": "fedmat/metrics/1",
+        "consortium": config.name,
+        "title": config.title,
+        "simulated": config.simulated,
+        "task": {
+            **{k: getattr(task, k) for k in ("name", "target", "unit", "transform", "kind", "metric")},
+            "metric_unit": f"log10({task.unit})" if task.transform == "log10" else task.unit,
+        },
+        "model": {"name": f"fedmat-{task.name}", "version": None, "sha256": model_sha256},
+        "global": overall,
+        "sites": site_rows,
+        "bytes": {
+            "sites": traffic,
+            "total_down": sum(t["down"] for t in traffic.values()),
+            "total_up": up,
+            "per_round_up": up / len(rows) if rows else 0,
+        },
+        "rounds": {"count": plan.settings.rounds, "completed": len(rows)},
+        "exclusions": [
+            {"round": r["round"], "site": x["site"], "kind": kind_, "reason": x["reason"], "detail": x["detail"]}
+            for r in rows
+            for kind_, found in (("dropout", r["dropouts"]), ("rejection", r["rejections"]))
+            for x in found
+        ],
+        "plan_sha256": plan.sha256,
+        "code_version": __version__,
+        "digests": {
+            "model": model_sha256,
+            "plan": plan.sha256,
+            "attestations": files.sha256(files.canonical_json(attestations)),
+        },
+    }
+
+
+def _comparisons(overall: Mapping[str, Any], locals_: list[dict[str, Any] | None], metric: str) -> dict[str, float]:
+    """Ratios of the federated model to its peers in the task's metric; a gain is the share of error taken away."""
+
+    def value(m: Mapping[str, Any] | None) -> float | None:
+        found = m.get(metric) if m else None
+        return float(found) if found is not None else None
+
+    federated = value(overall.get("federated"))
+    out: dict[str, float] = {}
+    if federated is None:
+        return out
+    better = (lambda f, o: f / o - 1.0) if metric == "auc" else (lambda f, o: 1.0 - f / o)
+    pooled, mean = value(overall.get("pooled")), value(overall.get("local_mean"))
+    single = [v for m in locals_ if (v := value(m)) is not None]
+    if pooled:
+        out["ratio_to_pooled"] = federated / pooled
+    if mean:
+        out["gain_over_local_mean"] = better(federated, mean)
+    if single:
+        out["gain_over_best_local"] = better(federated, max(single) if metric == "auc" else min(single))
+    return out
+
+
+def _mean(values: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    known = [v for v in values if v is not None]
+    if not known or len(known) != len(values):
+        return None
+    keys = [k for k in ("mae", "rmse", "r2", "auc", "accuracy") if all(v.get(k) is not None for v in known)]
+    return {"n": known[0]["n"], **{k: sum(v[k] for v in known) / len(known) for k in keys}}
+
+
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if v is not None}
+
+
+@contextmanager
+def _timed(path: Path) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    files.write_json(path, time.perf_counter() - started)
+
+
+@contextmanager
+def _timed_note(folder: Path, name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    _note(folder, **{name: time.perf_counter() - started})
+
+
+def _note(folder: Path, **seconds: float) -> None:
+    path = folder / TIMINGS
+    known = files.read_json(path) if path.exists() else {}
+    files.write_json(path, known | seconds)
+
+
+def _collect_site_timings(run: Run) -> None:
+    for step in ("prepare", "featurize"):
+        found = [run.site_folder(s) / f"{step}-seconds.json" for s in run.sites]
+        if all(p.exists() for p in found):
+            _note(run.folder, **{step: sum(files.read_json(p) for p in found)})
+
+
+def as_plain(value: Any) -> dict[str, Any]:
+    """Returns a small result dataclass as plain JSON (paths as text)."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(value).items()}

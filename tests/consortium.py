@@ -1,0 +1,86 @@
+"""A consortium in memory, with knobs: the simulator that tests use where a mock would be used elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fedmat import files
+from fedmat.config import ConsortiumConfig
+from fedmat.features.table import TEST, TRAIN, VALIDATION, FeatureTable
+from fedmat.federation.coordinator import Coordinator
+from fedmat.federation.engine import Handler, InProcessEngine
+from fedmat.federation.plan import Plan
+from fedmat.federation.site import SiteWorker
+from fedmat.models import mlp
+from fedmat.seeds import stream
+
+SITES = ("ash", "birch", "cedar", "dogwood")
+
+
+def config(sites: tuple[str, ...] = SITES, *, simulated: bool = True, task: dict[str, object] | None = None, **plan: object) -> ConsortiumConfig:
+    """A small consortium file; ``plan`` overrides keys of its plan section."""
+    settings = {
+        "rounds": 4,
+        "quorum": 2,
+        "local": {"steps": 6, "batch_size": 16, "lr": 3e-3},
+        "finetune_steps": 8,
+        "seed": 5,
+        **plan,
+    }
+    return ConsortiumConfig.model_validate(
+        {
+            "name": "grove",
+            "title": "A grove",
+            "simulated": simulated,
+            "task": task
+            or {"name": "hardness", "record_type": "alloy", "target": "hardness_hv", "unit": "", "transform": "identity"},
+            "features": ["composition"],
+            "model": {"hidden": [8]},
+            "plan": settings,
+            "members": [{"site": s, "organisation": s.title(), "file": f"{s}.yaml"} for s in sites],
+        }
+    )
+
+
+def table(site: str, rows: int = 60, seed: int = 3, *, binary: bool = False) -> FeatureTable:
+    """One site's features: a shared nonlinear truth on inputs whose region differs by site; one constant column."""
+    rng = stream(seed, "table", site)
+    x = rng.normal(loc=rng.normal(size=3), size=(rows, 3))
+    y = x[:, 0] + np.sin(x[:, 1]) + 0.1 * rng.normal(size=rows) + 2.0
+    x = np.column_stack([x, np.full(rows, 7.0)])
+    group = np.arange(rows) // 3
+    split = np.where(group % 5 == 0, TEST, np.where(group % 5 == 1, VALIDATION, TRAIN)).astype(np.int8)
+    return FeatureTable(("a", "b", "c", "same"), x, (y > 2.0).astype(float) if binary else y, group, split, "t" * 64, "f" * 64)
+
+
+def worker(site: str, settings: ConsortiumConfig, folder: Path, data: FeatureTable | None = None) -> SiteWorker:
+    """A site's real worker over a synthetic table."""
+    data = data or table(site, binary=settings.task.kind == "binary")
+    manifest = {"sha256": files.sha256(data.x.tobytes()), "rejected": {"missing": 1}}
+    return SiteWorker(site, Plan.of(settings), data, manifest, folder / "sites" / site)
+
+
+def handlers(settings: ConsortiumConfig, folder: Path, bad: Mapping[str, Callable[[Handler], Handler]] | None = None) -> dict[str, Handler]:
+    """Every site's handler; ``bad`` wraps some of them to misbehave."""
+    out = {}
+    for site in settings.roster:
+        handle = worker(site, settings, folder).handle
+        out[site] = (bad or {}).get(site, lambda h: h)(handle)
+    return out
+
+
+def coordinator(settings: ConsortiumConfig, folder: Path) -> Coordinator:
+    """The real coordinator of a consortium in memory."""
+    plan = Plan.of(settings)
+    (folder / "run").mkdir(parents=True, exist_ok=True)
+    return Coordinator(plan, lambda n: mlp.initial_weights(plan.model, n, plan.settings.seed), folder / "run")
+
+
+def run(settings: ConsortiumConfig, folder: Path, bad: Mapping[str, Callable[[Handler], Handler]] | None = None):  # type: ignore[no-untyped-def]
+    """Runs to the end; returns the reports and the global model."""
+    lead = coordinator(settings, folder)
+    reports = list(lead.run(InProcessEngine(handlers(settings, folder, bad))))
+    return reports, lead.model()
