@@ -10,7 +10,7 @@ import difflib
 import os
 import typing
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -86,7 +86,7 @@ class LocalTraining(Settings):
     weight_decay: float = Field(0.0, ge=0)
     loss: Literal["mse", "l1", "huber"] = "huber"
     mu: float = Field(0.0, ge=0, description="FedProx proximal strength (Li et al., MLSys 2020)")
-    clip_grad_norm: float | None = Field(5.0, gt=0)
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = 5.0
 
 
 class Schedule(Settings):

@@ -126,9 +126,7 @@ class FeatureRef:
     n_features: int
 
 
-def open_run(
-    consortium_file: Path, *, home: Path | None = None, run_id: str | None = None, rounds: int | None = None
-) -> Run:
+def open_run(consortium_file: Path, *, home: Path | None = None, run_id: str | None = None, rounds: int | None = None) -> Run:
     """Returns the run of a consortium file after checking the file, its members and its plan.
 
     Args:

@@ -20,7 +20,9 @@ from fedmat.seeds import stream
 SITES = ("ash", "birch", "cedar", "dogwood")
 
 
-def config(sites: tuple[str, ...] = SITES, *, simulated: bool = True, task: dict[str, object] | None = None, **plan: object) -> ConsortiumConfig:
+def config(
+    sites: tuple[str, ...] = SITES, *, simulated: bool = True, task: dict[str, object] | None = None, **plan: object
+) -> ConsortiumConfig:
     """A small consortium file; ``plan`` overrides keys of its plan section."""
     settings = {
         "rounds": 4,
@@ -63,7 +65,9 @@ def worker(site: str, settings: ConsortiumConfig, folder: Path, data: FeatureTab
     return SiteWorker(site, Plan.of(settings), data, manifest, folder / "sites" / site)
 
 
-def handlers(settings: ConsortiumConfig, folder: Path, bad: Mapping[str, Callable[[Handler], Handler]] | None = None) -> dict[str, Handler]:
+def handlers(
+    settings: ConsortiumConfig, folder: Path, bad: Mapping[str, Callable[[Handler], Handler]] | None = None
+) -> dict[str, Handler]:
     """Every site's handler; ``bad`` wraps some of them to misbehave."""
     out = {}
     for site in settings.roster:

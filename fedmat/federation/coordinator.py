@@ -19,6 +19,7 @@ from fedmat import files, wire
 from fedmat import weights as wts
 from fedmat.aggregation.linear import LinearRule, equal_shares, row_shares
 from fedmat.domain import (
+    Array,
     Attestation,
     AttestRequest,
     Checkpoint,
@@ -296,7 +297,7 @@ def _sound(s: Statistics, width: int, rows: int) -> bool:
     )
 
 
-def _validation(sums: Mapping[str, np.ndarray]) -> dict[str, float]:  # type: ignore[type-arg]
+def _validation(sums: Mapping[str, Array]) -> dict[str, float]:
     good = [s for s in sums.values() if s.shape == (5,) and np.isfinite(s).all() and s[0] > 0]
     if not good:
         return {}

@@ -67,9 +67,7 @@ def evaluate(
         edges = parity_edges(truth, predicted)
         histogram = np.histogram2d(truth, np.clip(predicted, edges[0], edges[-1]), bins=[edges, edges])[0]
         histogram = np.where(histogram >= floor, histogram, 0.0)
-    return Evaluation(
-        site, arm, split, residual_sums(truth, predicted), n_groups, se, low, high, edges, histogram, scores
-    )
+    return Evaluation(site, arm, split, residual_sums(truth, predicted), n_groups, se, low, high, edges, histogram, scores)
 
 
 def parity_edges(truth: Array, predicted: Array) -> Array:

@@ -17,6 +17,7 @@ from fedmat import weights as wts
 from fedmat.data.contract import CONTRACT_VERSION
 from fedmat.domain import (
     Answer,
+    Array,
     Attestation,
     AttestRequest,
     Baseline,
@@ -167,7 +168,8 @@ class SiteWorker:
         )
         result = self._score(trained.weights, scaler, f"{request.arm}:{self.site}", "test")
         files.write_atomic(
-            self._state() / f"{request.arm}.safetensors", wire.encode(Baseline(self.site, request.arm, result, trained.weights, scaler))
+            self._state() / f"{request.arm}.safetensors",
+            wire.encode(Baseline(self.site, request.arm, result, trained.weights, scaler)),
         )
         if request.share:
             return Baseline(self.site, request.arm, result, trained.weights, scaler)
@@ -190,7 +192,7 @@ class SiteWorker:
             floor=1 if self.plan.simulated else 5,
         )
 
-    def _predict(self, weights: Weights, scaler: Scaler, part: FeatureTable) -> np.ndarray:  # type: ignore[type-arg]
+    def _predict(self, weights: Weights, scaler: Scaler, part: FeatureTable) -> Array:
         return mlp.predict(self.plan.model, weights, scaler, part.x, self.plan.task.kind)
 
     # --- SCAFFOLD's memory -----------------------------------------------------------------------------------------

@@ -69,7 +69,8 @@ def forward(spec: ModelSpec, weights: Weights, x: NDArray[np.float32]) -> NDArra
     load(net, weights)
     net.eval()
     with torch.no_grad():
-        return net(torch.from_numpy(np.ascontiguousarray(x))).numpy()[:, 0].astype(np.float64)
+        output: NDArray[np.float32] = net(torch.from_numpy(np.ascontiguousarray(x))).numpy()
+    return output[:, 0].astype(np.float64)
 
 
 def predict(

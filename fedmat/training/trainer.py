@@ -156,9 +156,7 @@ def train_best(
 
     if keep_start:
         look(0, start)
-    trained = train(
-        spec, start, *train_xy, local, kind=kind, rates=rates, rng=rng, checkpoint=look, checkpoint_every=every
-    )
+    trained = train(spec, start, *train_xy, local, kind=kind, rates=rates, rng=rng, checkpoint=look, checkpoint_every=every)
     if not best:
         look(len(rates), trained.weights)
     return Trained(best[0][1], trained.loss)

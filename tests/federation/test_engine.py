@@ -13,10 +13,9 @@ import pytest
 from consortium import config, coordinator, handlers
 
 from fedmat import wire
-from fedmat.domain import AttestRequest, Attestation, Dropout
+from fedmat.domain import Attestation, AttestRequest, Dropout
 from fedmat.federation.engine import Engine, Handler, InProcessEngine, ProcessEngine
 from fedmat.federation.plan import Plan
-
 
 PAIR = ("ash", "birch")
 
@@ -114,4 +113,3 @@ class TestProcess(EngineContract):
         assert report.accepted == ("ash",)
         assert {d.site: d.reason for d in report.dropouts} == {"birch": "late", "cedar": "crashed", "dogwood": "crashed"}
         assert not any("4711" in d.detail for d in report.dropouts)
-

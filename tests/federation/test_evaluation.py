@@ -54,7 +54,17 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     for seed in range(200):
         rng = np.random.default_rng(seed)
         found = [
-            evaluate(s, "a", "test", np.zeros(80), rng.normal(0, 0.5, 80), np.arange(80), kind="regression", rng=stream(seed, s), floor=1)
+            evaluate(
+                s,
+                "a",
+                "test",
+                np.zeros(80),
+                rng.normal(0, 0.5, 80),
+                np.arange(80),
+                kind="regression",
+                rng=stream(seed, s),
+                floor=1,
+            )
             for s in "xyz"
         ]
         m = metrics(found, "regression")
@@ -79,5 +89,15 @@ def test_grouped_rows_are_resampled_together() -> None:
     rng = np.random.default_rng(1)
     error = rng.normal(size=30)
     one = evaluate("s", "a", "test", np.zeros(30), error, np.arange(30), kind="regression", rng=stream(0), floor=1)
-    ten = evaluate("s", "a", "test", np.zeros(300), np.repeat(error, 10), np.repeat(np.arange(30), 10), kind="regression", rng=stream(0), floor=1)
+    ten = evaluate(
+        "s",
+        "a",
+        "test",
+        np.zeros(300),
+        np.repeat(error, 10),
+        np.repeat(np.arange(30), 10),
+        kind="regression",
+        rng=stream(0),
+        floor=1,
+    )
     assert ten.mae_se == pytest.approx(one.mae_se)

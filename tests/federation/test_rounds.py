@@ -111,7 +111,9 @@ def _scaled(factor: float):  # type: ignore[no-untyped-def]
         ({"site": "birch"}, "wrong_site"),
     ],
 )
-def test_a_bad_update_is_left_out_with_its_reason_and_the_round_goes_on(change: dict[str, object], reason: str, tmp_path: Path) -> None:
+def test_a_bad_update_is_left_out_with_its_reason_and_the_round_goes_on(
+    change: dict[str, object], reason: str, tmp_path: Path
+) -> None:
     reports, model = run(config(), tmp_path, {"ash": _edit(**change)})
     last = reports[-1]
     assert [(r.site, r.reason) for r in last.rejections] == [("ash", reason)]
@@ -185,7 +187,9 @@ def test_no_site_counts_for_more_rows_than_it_attested(tmp_path: Path) -> None:
 
     run(config(), tmp_path, {"ash": inflate})
     setup = (tmp_path / "run/attestations.json").read_text()
-    scaler = wire.decode((tmp_path / "run/checkpoint.safetensors").read_bytes(), __import__("fedmat.domain").domain.Checkpoint).scaler
+    scaler = wire.decode(
+        (tmp_path / "run/checkpoint.safetensors").read_bytes(), __import__("fedmat.domain").domain.Checkpoint
+    ).scaler
     without = np.concatenate([table(s).part(0).y for s in SITES[1:]])
     assert scaler.y_mean == pytest.approx(without.mean()), setup
 

@@ -63,7 +63,8 @@ def test_the_loss_falls(optimizer: str) -> None:
 def test_a_stronger_proximal_term_keeps_weights_closer_to_the_start() -> None:
     start = mlp.initial_weights(SPEC, 3, 1)
     moved = [
-        wts.norm(wts.subtract(fit(LocalTraining(optimizer="sgd", lr=0.05, mu=mu), 100).weights, start)) for mu in (0.0, 1.0, 10.0)
+        wts.norm(wts.subtract(fit(LocalTraining(optimizer="sgd", lr=0.05, mu=mu), 100).weights, start))
+        for mu in (0.0, 1.0, 10.0)
     ]
     assert moved[0] > moved[1] > moved[2]
 

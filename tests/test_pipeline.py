@@ -1,0 +1,170 @@
+"""The whole run as plain functions, on real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import small
+
+from fedmat import files, pipeline
+from fedmat.errors import ConfigError, NotEvidenced, StateError
+from fedmat.pipeline import Run
+
+
+def whole(run: Run) -> dict[str, object]:
+    """Every step up to the metrics."""
+    for site in run.sites:
+        pipeline.prepare_site(run, site)
+        pipeline.featurize_site(run, site)
+    list(pipeline.train(run))
+    pipeline.baselines(run)
+    return pipeline.evaluate(run)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, object]]:
+    folder = tmp_path_factory.mktemp("alloys")
+    run = pipeline.open_run(small.build(folder / "c", rounds=12), home=folder / "home")
+    return run, whole(run)
+
+
+def test_the_metrics_hold_both_numbers_for_every_site_and_arm(finished) -> None:  # type: ignore[no-untyped-def]
+    _, metrics = finished
+    assert set(metrics["sites"]) == set(small.COMPANIES)
+    for row in metrics["sites"].values():
+        assert set(row["own"]) == {"local", "federated", "finetuned", "pooled"}
+        assert set(row["global"]) == {"local", "finetuned"}
+        assert all(m["mae"] > 0 for m in row["own"].values())
+    total = sum(row["n_test"] for row in metrics["sites"].values())
+    arms = ("federated", "pooled", "dummy", "local_mean", "finetuned_mean")
+    assert {metrics["global"][arm]["n"] for arm in arms} == {total}
+    assert metrics["global"]["federated"]["mae"] < metrics["global"]["local_mean"]["mae"]
+    assert metrics["global"]["federated"]["mae"] < metrics["global"]["dummy"]["mae"]
+
+
+def test_the_global_metric_is_made_of_the_sites_sums(finished) -> None:  # type: ignore[no-untyped-def]
+    _, metrics = finished
+    own = [(r["own"]["federated"]["n"], r["own"]["federated"]["mae"]) for r in metrics["sites"].values()]
+    assert metrics["global"]["federated"]["mae"] == pytest.approx(sum(n * m for n, m in own) / sum(n for n, _ in own))
+
+
+def test_the_same_plan_and_data_again_are_the_same_run_and_cost_nothing(finished) -> None:  # type: ignore[no-untyped-def]
+    run, metrics = finished
+    again = pipeline.open_run(run.consortium_file, home=run.home)
+    assert again.folder == run.folder
+    assert list(pipeline.train(again)) == []
+    assert files.sha256_file(run.folder / "model.safetensors") == metrics["model"]["sha256"]
+
+
+def test_another_home_gives_the_same_bytes(finished, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run, metrics = finished
+    other = whole(pipeline.open_run(run.consortium_file, home=tmp_path / "elsewhere"))
+    assert json.dumps(other, sort_keys=True) == json.dumps(metrics, sort_keys=True)
+
+
+def test_one_process_per_site_gives_the_same_bytes(finished, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    _, metrics = finished
+    run = pipeline.open_run(small.build(tmp_path / "c", rounds=12, isolation="process"), home=tmp_path / "home")
+    for site in run.sites:
+        pipeline.prepare_site(run, site)
+    list(pipeline.train(run))
+    assert files.sha256_file(run.folder / "model.safetensors") == metrics["model"]["sha256"]
+
+
+def test_changed_data_is_another_run(finished, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run, _ = finished
+    path = small.build(tmp_path / "c", rounds=12)
+    lab = tmp_path / "c/mill/lab.csv"
+    lab.write_text(lab.read_text() + "Cu0.5Fe0.5,25.0,160.5\n")
+    other = pipeline.open_run(path, home=tmp_path / "home")
+    for site in other.sites:
+        pipeline.prepare_site(other, site)
+    assert other.folder.name != run.folder.name
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from fedmat import pipeline
+run = pipeline.open_run(Path(sys.argv[1]), home=Path(sys.argv[2]))
+for site in run.sites:
+    pipeline.prepare_site(run, site)
+for report in pipeline.train(run):
+    print(report.round, flush=True)
+"""
+
+
+def test_a_run_killed_by_the_kernel_resumes_to_the_same_bytes(finished, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run, metrics = finished
+    command = [sys.executable, "-c", KILLED, str(run.consortium_file), str(tmp_path / "home")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) == 4:
+                break
+        time.sleep(0.03)
+        os.kill(process.pid, signal.SIGKILL)
+    cut = pipeline.open_run(run.consortium_file, home=tmp_path / "home")
+    assert 5 <= len(cut.reports()) < 12
+    left = list(pipeline.train(cut))
+    assert 0 < len(left) <= 7
+    assert [r["round"] for r in cut.reports()] == list(range(12))
+    assert files.sha256_file(cut.folder / "model.safetensors") == metrics["model"]["sha256"]
+
+
+def test_a_consortium_of_real_companies_has_no_pooled_model_and_shares_no_local_one(tmp_path: Path) -> None:
+    run = pipeline.open_run(small.build(tmp_path / "c", simulated=False), home=tmp_path / "home")
+    metrics = whole(run)
+    assert "pooled" not in metrics["global"]
+    assert "local_mean" not in metrics["global"]
+    for row in metrics["sites"].values():
+        assert set(row["own"]) == {"local", "federated", "finetuned"}
+        assert row["global"] == {}
+    arms = sorted(p.name for p in (run.folder / "arms").iterdir())
+    assert all((run.folder / "arms" / a).stat().st_size < 12_000 for a in arms), "weights of a local model left its site"
+
+
+def test_evaluating_without_baselines_is_not_evidenced_rather_than_empty(tmp_path: Path) -> None:
+    run = pipeline.open_run(small.build(tmp_path / "c"), home=tmp_path / "home")
+    for site in run.sites:
+        pipeline.prepare_site(run, site)
+    list(pipeline.train(run))
+    with pytest.raises(NotEvidenced, match="was not trained"):
+        pipeline.evaluate(run)
+
+
+def test_a_run_named_by_its_data_needs_prepared_sites(tmp_path: Path) -> None:
+    run = pipeline.open_run(small.build(tmp_path / "c"), home=tmp_path / "home")
+    with pytest.raises(StateError, match=r"manifest\.json: no such file"):
+        _ = run.folder
+
+
+def test_a_site_file_of_another_name_or_record_type_is_refused(tmp_path: Path) -> None:
+    path = small.build(tmp_path / "c")
+    site = tmp_path / "c/mill/site.yaml"
+    good = site.read_text()
+    site.write_text(good.replace("site: mill", "site: quarry"))
+    with pytest.raises(ConfigError, match="says site 'quarry'"):
+        pipeline.open_run(path, home=tmp_path / "home")
+    site.write_text(good.replace("record_type: alloy", "record_type: battery_cell"))
+    with pytest.raises(ConfigError, match="battery_cell"):
+        pipeline.open_run(path, home=tmp_path / "home")
+
+
+def test_starting_afresh_forgets_earlier_rounds_and_ends_in_the_same_bytes(finished, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run, metrics = finished
+    again = pipeline.open_run(run.consortium_file, home=tmp_path / "home")
+    for site in again.sites:
+        pipeline.prepare_site(again, site)
+    rounds = pipeline.train(again)
+    next(rounds)
+    rounds.close()
+    assert len(list(pipeline.train(again, resume=False))) == 12
+    assert files.sha256_file(again.folder / "model.safetensors") == metrics["model"]["sha256"]
