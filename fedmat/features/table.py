@@ -40,9 +40,7 @@ class FeatureTable:
     def part(self, code: int) -> FeatureTable:
         """Returns the rows of one split."""
         keep = self.split == code
-        return replace(
-            self, x=self.x[keep], y=self.y[keep], group=self.group[keep], split=self.split[keep]
-        )
+        return replace(self, x=self.x[keep], y=self.y[keep], group=self.group[keep], split=self.split[keep])
 
     def __len__(self) -> int:
         return len(self.y)
