@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from fedmat.errors import ConfigError
 
@@ -195,6 +196,17 @@ class MixtureColumns(Settings):
     percent: bool = False
 
 
+def _mapping_kind(value: Any) -> str:
+    """Tells which of the two ways of mapping a field is meant, so that an error speaks of that one only."""
+    keys = value if isinstance(value, dict) else type(value).model_fields if isinstance(value, BaseModel) else ()
+    return "MixtureColumns" if "fractions" in keys or ("percent" in keys and "from" not in keys) else "Column"
+
+
+Mapped = Annotated[
+    Annotated[Column, Tag("Column")] | Annotated[MixtureColumns, Tag("MixtureColumns")], Discriminator(_mapping_kind)
+]
+
+
 class Constant(Settings):
     """A value that holds for every row of the source (a condition of measurement)."""
 
@@ -237,7 +249,7 @@ class Source(Settings):
     select: Select | None = None
     structures: Structures | None = None
     where: dict[str, str | list[str]] = Field(default_factory=dict, description="source column -> permitted value(s)")
-    columns: dict[str, Column | MixtureColumns]
+    columns: dict[str, Mapped]
     constants: dict[str, Constant] = Field(default_factory=dict)
     split: SplitColumn | None = None
 
@@ -329,15 +341,47 @@ def _read_yaml(path: Path) -> object:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file", fix="name an existing YAML file")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except _RepeatedKey as error:
+        raise ConfigError(f"{path}, line {error.line}: key '{error.key}' is given twice", fix="keep one of the two") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{where}: not valid YAML", fix="check indentation and quoting") from None
 
 
+class _RepeatedKey(Exception):
+    def __init__(self, key: object, line: int) -> None:
+        super().__init__(key)
+        self.key, self.line = key, line
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people read it: ``on``, ``off``, ``yes`` and ``no`` are words (YAML 1.2), and no key stands twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Returns the mapping; raises _RepeatedKey where PyYAML would silently keep the last value."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise _RepeatedKey(key.value, key.start_mark.line + 1)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+_TAGS = ("Column", "MixtureColumns")  # pydantic puts the tag of a union into the place of an error; a person did not write it
+
+
 def _explain(model: type[BaseModel], error: Any) -> str:
-    where = ".".join(str(p) for p in error["loc"]) or "(top level)"
+    where = ".".join(str(p) for p in error["loc"] if p not in _TAGS) or "(top level)"
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg']}"
     valid = _valid_keys(model, error["loc"][:-1])
@@ -349,6 +393,9 @@ def _explain(model: type[BaseModel], error: Any) -> str:
 def _valid_keys(model: Any, loc: tuple[Any, ...]) -> list[str]:
     candidates: list[type[BaseModel]] = [model]
     for part in loc:
+        if part in _TAGS:
+            candidates = [kind for kind in candidates if kind.__name__ == part]
+            continue
         found = [
             kind
             for owner in candidates

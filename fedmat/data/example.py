@@ -1,0 +1,42 @@
+"""What a record to be predicted looks like: the fields a model accepts and one made-up record of each type.
+
+Knows: the contract, and a plausible value for every required field. Refuses to know: any site's records; an example that
+leaves with a model must never be one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from fedmat.data.contract import Field, RecordType
+
+_EXAMPLE: Mapping[str, str | float] = {
+    "formula": "Li2O",
+    "temperature_k": 300.0,
+    "salt": "LiPF6",
+    "concentration": 1.0,
+    "concentration_basis": "mol/kg",
+    "solvents": '{"DMC": 0.625, "EC": 0.375}',
+    "solvent_basis": "w",
+    "polymer_smiles": "CCO",
+    "salt_smiles": "[Li+].[Cl-]",
+    "molality": 1.0,
+    "positive_thickness_um": 70.0,
+    "negative_thickness_um": 80.0,
+    "positive_porosity": 0.3,
+    "negative_porosity": 0.3,
+    "positive_particle_radius_um": 5.0,
+    "negative_particle_radius_um": 6.0,
+    "c_rate": 1.0,
+}
+
+
+def example(rt: RecordType, target: str) -> dict[str, str | float]:
+    """Returns one made-up record of ``rt`` with the fields a prediction requires."""
+    return {f.name: _EXAMPLE[f.name] for f in inputs(rt, target) if f.required}
+
+
+def inputs(rt: RecordType, target: str) -> tuple[Field, ...]:
+    """Returns the contract fields a registered model accepts: all but its target; a measured one is never required."""
+    return tuple(replace(f, required=f.required and not f.measured) for f in rt.fields if f.name != target)

@@ -1,0 +1,131 @@
+"""The consortium's run: every site prepared, the rounds, the baselines, the evaluation, the report.
+
+Rounds are one task, not one task each: the coordinator keeps its own state after every round, and Prefect gets a
+progress bar now and then and one table at the end, which costs well under 0.3 s a round.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedmat import pipeline
+from fedmat.errors import DataError, SiteRefused
+from fedmat.pipeline import Run
+from flows.prepare import prepare
+from flows.publish import publish
+from flows.shared import Board, call, flow, key, perform, reference, rename, run_name, table, task, tell
+
+
+# None of these is retried: they fail on data, on settings or on a quorum, and a second try would find the same. A run
+# that was cut off goes on from its last round when it is started again.
+@task(name="train", tags=["fedmat"])
+def train(run: Run, fresh: bool) -> int:
+    """Does the rounds that are still to do; returns how many that were."""
+    board = Board(run.config().name, run.plan().settings.rounds)
+
+    def rounds() -> int:
+        done = 0
+        for report in pipeline.train(run, resume=not fresh):
+            tell(report)
+            board.round(report)
+            done += 1
+        return done
+
+    try:
+        return perform("train", rounds, run=run, detail=lambda n: f"{n} rounds")
+    finally:
+        board.close()
+
+
+@task(name="baselines", tags=["fedmat"])
+def baselines(run: Run) -> None:
+    """Trains what the global model is compared with."""
+    perform("baselines", lambda: pipeline.baselines(run), run=run)
+
+
+@task(name="evaluate", tags=["fedmat"])
+def evaluate(run: Run) -> dict[str, Any]:
+    """Scores every model on the frozen test groups and returns the metrics, which hold no record."""
+    return perform("evaluate", lambda: pipeline.evaluate(run), run=run)
+
+
+@task(name="report", tags=["fedmat"])
+def report(run: Run) -> Path:
+    """Writes the report page."""
+    return perform("report", lambda: pipeline.report(run), run=run)
+
+
+@flow(name="federate", flow_run_name=run_name, description="Prepares all sites, runs the rounds, evaluates and reports.")
+def federate(
+    consortium: str, home: str | None = None, run_id: str | None = None, rounds: int | None = None, fresh: bool = False
+) -> dict[str, str]:
+    """Runs a consortium up to its report and returns references to what it made.
+
+    Args:
+        consortium: path of the consortium file.
+        home: workspace; by default ``$FEDMAT_HOME``, else ``.fedmat``, plus the consortium's name.
+        run_id: name of the run; by default it is named by plan and data, so the same again goes on where it stopped.
+        rounds: replaces the plan's number of rounds.
+        fresh: throws away earlier rounds of this run.
+    """
+    run = reference(consortium, home, run_id, rounds)
+    name = run.config().name
+    refused: list[DataError] = []
+    for site in run.sites:
+        try:
+            call(prepare, str(run.consortium_file), site, str(run.home), tags=(f"consortium:{name}", f"site:{site}"))
+        except DataError as trouble:  # the other sites still hear what is wrong with theirs
+            refused.append(trouble)
+    if refused:
+        raise _together(refused)
+    rename(f"{name}/{run.folder.name}")
+    call(train, run, fresh)
+    call(baselines, run)
+    metrics = call(evaluate, run)
+    page = call(report, run)
+    table(key(name, "benefit"), _benefit(metrics), f"{name}: {metrics['task']['metric']} in {metrics['task']['metric_unit']}")
+    return {
+        "run_id": run.folder.name,
+        "folder": str(run.folder),
+        "report": str(page),
+        "model_sha256": str(metrics["model"]["sha256"]),
+    }
+
+
+@flow(name="consortium-run", flow_run_name=run_name, description="From the sites' data to a registered model.")
+def consortium_run(
+    consortium: str,
+    home: str | None = None,
+    run_id: str | None = None,
+    rounds: int | None = None,
+    fresh: bool = False,
+    to_registry: bool = True,
+    tracking_uri: str | None = None,
+) -> dict[str, Any]:
+    """Federates and, unless ``to_registry`` is off, publishes; see :func:`federate`, :func:`flows.publish.publish`."""
+    tags = (f"consortium:{reference(consortium, home, run_id, rounds).config().name}",)
+    made: dict[str, Any] = call(federate, consortium, home, run_id, rounds, fresh, tags=tags)
+    rename(f"{tags[0].removeprefix('consortium:')}/{made['run_id']}")
+    registered = call(publish, consortium, home, made["run_id"], rounds, tracking_uri, tags=tags) if to_registry else None
+    return {**made, "registered": registered}
+
+
+def _together(refused: list[DataError]) -> DataError:
+    if len(refused) == 1:
+        return refused[0]
+    return SiteRefused(
+        f"{len(refused)} sites cannot take part:\n" + "\n".join(e.what for e in refused),
+        fix="; ".join(dict.fromkeys(e.fix for e in refused if e.fix)),
+    )
+
+
+def _benefit(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    measure = metrics["task"]["metric"]
+    rows = []
+    for site, found in metrics["sites"].items():
+        row: dict[str, Any] = {"site": site, "organisation": found["organisation"], "test rows": found["n_test"]}
+        for arm in ("local", "federated", "finetuned", "pooled"):
+            row[f"{arm} (own)"] = found["own"].get(arm, {}).get(measure)
+        rows.append(row)
+    return rows

@@ -1,0 +1,274 @@
+"""What every flow shares: one way to call a step, one boundary for errors, and the artifacts of a run.
+
+Knows: Prefect's decorators and artifacts, and how to do without them. Refuses to know: records and science.
+
+Prefect sends the text of exceptions, tracebacks, log lines and parameters to its server. So parameters are references
+only, and :func:`perform` is the one place where an exception can pass from a step to Prefect: fedmat's own errors pass
+(their text never holds a cell value), anything else is replaced by its type's name and stays, in full, at the site.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import fedmat.telemetry  # noqa: F401  before Prefect is imported
+from fedmat import files
+from fedmat.domain import RoundReport
+from fedmat.errors import FedmatError, ServiceError
+from fedmat.pipeline import Run, open_run
+
+try:
+    import prefect
+    from prefect.cache_policies import NO_CACHE
+except Exception:  # a broken Prefect must not stop a run: everything below then works as plain functions  # noqa: BLE001
+    prefect = None  # type: ignore[assignment]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a run began or ended.
+
+    Attributes:
+        site: None for a step of the consortium.
+        detail: counts or a digest, for people.
+    """
+
+    name: str
+    site: str | None
+    state: Literal["started", "done", "failed"]
+    detail: str = ""
+
+
+Event = Step | RoundReport
+LISTENER: ContextVar[Callable[[Event], None] | None] = ContextVar("LISTENER", default=None)
+
+
+def tell(event: Event) -> None:
+    """Passes an event to whoever started the run in this process (a progress bar, a test)."""
+    listener = LISTENER.get()
+    if listener is not None:
+        listener(event)
+
+
+# --- flows and tasks -----------------------------------------------------------------------------------------------
+
+
+class _Plain:
+    """Stands in for a flow or task where Prefect cannot be imported."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+        functools.update_wrapper(self, fn)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fn(*args, **kwargs)
+
+
+def flow(**options: Any) -> Callable[[Callable[..., T]], Any]:
+    """Prefect's ``flow`` with what all of ours have in common: nothing stored, prints not captured, no retries."""
+    if prefect is None:
+        return _Plain
+    return prefect.flow(persist_result=False, log_prints=False, retries=0, validate_parameters=True, **options)
+
+
+def task(**options: Any) -> Callable[[Callable[..., T]], Any]:
+    """Prefect's ``task`` with nothing cached and nothing stored: the steps keep their own, digest-checked caches."""
+    if prefect is None:
+        return _Plain
+    return prefect.task(cache_policy=NO_CACHE, persist_result=False, log_prints=False, **{"retries": 0, **options})
+
+
+def orchestrated() -> bool:
+    """Whether this code runs inside a Prefect flow run."""
+    if prefect is None:
+        return False
+    from prefect.context import FlowRunContext
+
+    return FlowRunContext.get() is not None
+
+
+def call(step: Any, /, *args: Any, tags: Sequence[str] = (), **kwargs: Any) -> Any:
+    """Calls a task or sub-flow through Prefect inside a flow run, and as the plain function it wraps outside of one."""
+    if not orchestrated():
+        return step.fn(*args, **kwargs)
+    from flows.services import without_heartbeat
+
+    with prefect.tags(*tags), without_heartbeat() if isinstance(step, prefect.Flow) else nullcontext():
+        return step(*args, **kwargs)
+
+
+def may_pass(task: Any, run: Any, state: Any) -> bool:
+    """Retry condition: only what another attempt may mend, a service that did not do its part."""
+    del task, run
+    return isinstance(state.data, ServiceError)
+
+
+# --- references ----------------------------------------------------------------------------------------------------
+
+
+def reference(consortium: str, home: str | None, run_id: str | None = None, rounds: int | None = None) -> Run:
+    """Returns the run that a flow's parameters name; errors as in :func:`fedmat.pipeline.open_run`."""
+    return open_run(Path(consortium), home=Path(home) if home else None, run_id=run_id, rounds=rounds)
+
+
+def run_name() -> str:
+    """Names a flow run after what its parameters say: consortium, site, run."""
+    from prefect import runtime
+
+    given = runtime.flow_run.parameters
+    parts = [Path(str(given.get("consortium", ""))).resolve().parent.name, given.get("site"), given.get("run_id")]
+    with suppress(Exception):
+        parts[0] = reference(str(given["consortium"]), given.get("home")).config().name
+    return "/".join(str(p) for p in parts if p)
+
+
+def rename(name: str) -> None:
+    """Gives the current flow run its full name once that is known."""
+    if not orchestrated():
+        return
+    with _courtesy():
+        from prefect import runtime
+        from prefect.client.orchestration import get_client
+
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_name(runtime.flow_run.id, name)
+
+
+# --- the boundary --------------------------------------------------------------------------------------------------
+
+
+def perform(
+    step: str, work: Callable[[], T], *, run: Run, site: str | None = None, detail: Callable[[T], str] = lambda _: ""
+) -> T:
+    """Does a step's work so that no exception carries a record's value further.
+
+    Raises:
+        FedmatError: as raised by the step, without its causes; or, for any other exception, one that names the step
+            and the exception's type. What the exception said is in the site's own folder; for a step of the
+            consortium only the places in the code are kept, since its text may quote a site's.
+    """
+    tell(Step(step, site, "started"))
+    try:
+        result = work()
+    except FedmatError as error:
+        trouble = type(error)(error.what, fix=error.fix)
+    except Exception as error:  # law 2: a foreign text may hold a cell value  # noqa: BLE001
+        trouble = _unexpected(step, error, run, site)
+    else:
+        tell(Step(step, site, "done", detail(result)))
+        return result
+    tell(Step(step, site, "failed", trouble.what))
+    raise trouble  # outside the handlers, so that it has no context that a traceback would print
+
+
+def _unexpected(step: str, error: Exception, run: Run, site: str | None) -> FedmatError:
+    if site is not None:
+        path = run.site_folder(site) / "state" / "errors" / f"{step}.txt"
+        text = "".join(traceback.format_exception(error))
+    else:
+        path = run.home / "errors" / f"{step}.txt"
+        text = "".join([*traceback.format_tb(error.__traceback__), f"{type(error).__name__} (its text is not kept)\n"])
+    with suppress(OSError):
+        files.write_atomic(path, text.encode())
+    who = f"site {site}, step {step}" if site else f"step {step}"
+    return FedmatError(f"{who}: unexpected {type(error).__name__}", fix=f"see {path}, and report it as a bug")
+
+
+# --- artifacts -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _courtesy() -> Iterator[None]:
+    """Artifacts are for people: a server that cannot take one does not stop a run."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        from prefect.logging import get_logger
+
+        get_logger("fedmat").warning("an artifact was not stored (%s)", type(error).__name__)
+
+
+def key(*parts: str) -> str:
+    """Returns an artifact key: lower case letters, digits and dashes."""
+    return "-".join("".join(c if c.isalnum() else "-" for c in p.lower()) for p in parts)
+
+
+def table(name: str, rows: list[dict[str, Any]], about: str) -> None:
+    """Stores a table artifact when Prefect is there."""
+    if orchestrated():
+        with _courtesy():
+            from prefect.artifacts import create_table_artifact
+
+            create_table_artifact(table=rows, key=name, description=about)
+
+
+def markdown(name: str, text: str, about: str) -> None:
+    """Stores a markdown artifact when Prefect is there."""
+    if orchestrated():
+        with _courtesy():
+            from prefect.artifacts import create_markdown_artifact
+
+            create_markdown_artifact(markdown=text, key=name, description=about)
+
+
+class Board:
+    """Shows rounds as they close: a progress bar now and then, one table with a row per round at the end.
+
+    Updates wait at least ``every_s`` and twenty times what the last one took, so that they cost 5% of the time at most.
+    """
+
+    def __init__(self, consortium: str, rounds: int, every_s: float = 2.0) -> None:
+        self._name, self._rounds, self._every = consortium, rounds, every_s
+        self._rows: list[dict[str, Any]] = []
+        self._bar: Any = None
+        self._next = 0.0
+
+    def round(self, report: RoundReport) -> None:
+        """Takes one round's report."""
+        self._rows.append(
+            {
+                "round": report.round + 1,
+                "sites": len(report.accepted),
+                "left out": ", ".join(f"{x.site} ({x.reason})" for x in (*report.dropouts, *report.rejections)) or "-",
+                "validation mae": report.validation.get("mae"),
+                "learning rate": report.lr,
+                "KiB down": round(sum(report.bytes_down.values()) / 1024, 1),
+                "KiB up": round(sum(report.bytes_up.values()) / 1024, 1),
+                "seconds": round(report.seconds, 3),
+                "model": report.model_sha256[:12],
+            }
+        )
+        if time.monotonic() >= self._next:
+            self._show()
+
+    def close(self) -> None:
+        """Brings the bar up to date and stores the table, also after a failure."""
+        if self._rows:
+            self._show()
+            table(key(self._name, "rounds"), self._rows, f"{self._name}: every round of this run")
+
+    def _show(self) -> None:
+        if not orchestrated():
+            return
+        started = time.monotonic()
+        with _courtesy():
+            from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+            share = 100.0 * float(self._rows[-1]["round"]) / self._rounds
+            if self._bar is None:
+                about = f"{self._name}: rounds done of {self._rounds}"
+                self._bar = create_progress_artifact(progress=share, key=key(self._name, "progress"), description=about)
+            else:
+                update_progress_artifact(artifact_id=self._bar, progress=share)
+        took = time.monotonic() - started
+        self._next = time.monotonic() + max(self._every, 20.0 * took)

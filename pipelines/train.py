@@ -1,0 +1,24 @@
+"""Stage ``train``: every site's features -> the global model, and the learning curve for ``dvc plots``."""
+
+from __future__ import annotations
+
+from fedmat import files, pipeline
+from fedmat.pipeline import MODEL, Run
+from pipelines import main, write_csv
+
+
+def train(run: Run) -> str:
+    """Runs all rounds from the first."""
+    for report in pipeline.train(run, resume=False):
+        print(f"round {report.round + 1} of {report.rounds}: {len(report.accepted)} sites", flush=True)
+    rows = [
+        (r["round"] + 1, r["validation"].get("mae", ""), r["validation"].get("rmse", ""), len(r["accepted"]), r["lr"])
+        for r in run.reports()
+    ]
+    header = ("round", "validation_mae", "validation_rmse", "sites", "learning_rate")
+    write_csv(run.folder / "plots" / "rounds.csv", header, rows)
+    return f"model {files.sha256_file(run.folder / MODEL)}"
+
+
+if __name__ == "__main__":
+    main(train)

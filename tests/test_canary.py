@@ -1,0 +1,342 @@
+"""Law 2: nothing raw leaves a site, by any road.
+
+Unique values are planted in one site's file, in rows that are accepted and in rows that are not; the whole run is done
+under a real Prefect server, registered in MLflow and reported; then every byte outside the sites' own folders is searched
+for them in every encoding that any of the tools writes. The same search must find them inside the site's folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import os
+import re
+import sqlite3
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import small
+import yaml
+
+from fedmat import pipeline, wire
+from fedmat.domain import GlobalModel
+from fedmat.federation.coordinator import Coordinator
+from fedmat.federation.engine import Handler, InProcessEngine
+from fedmat.models import mlp
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SITE = "mill"
+DOI, ROUTE = "canary-doi-5e1f9b", "canary-route-91c3d7"
+BAD_CELL, BAD_FORMULA, NO_TARGET = "canary-badcell-77aa01", "Qq7canaryformula", "canary-notarget-31bb"
+OUT_OF_RANGE = 987654.3217
+# Hottest and hardest, coldest and softest of the site: an extreme is what sums, ranges and axis limits would give away.
+PLANTED = [
+    (f"Cu{0.51 + i / 97:.5f}Fe{0.49 - i / 97:.5f}", 700.1234567 + 3.7654321 * i, 5123.456789 + 171.6543219 * i)
+    for i in range(8)
+] + [
+    (f"Cu{0.41 + i / 89:.5f}Fe{0.59 - i / 89:.5f}", -190.7654321 - 2.3456789 * i, 1.23456789 + 0.0987654 * i) for i in range(8)
+]
+
+RUN = """
+import logging, sys
+logging.basicConfig(level=logging.DEBUG)
+from pathlib import Path
+from fedmat.errors import FedmatError
+from flows import run_all
+root = Path(sys.argv[1])
+given = dict(home=root / "home", tracking_uri=f"sqlite:///{root}/mlruns/mlflow.db", orchestrator="prefect", quiet=False)
+outcome = run_all(root / "c/consortium.yaml", **given)
+print(outcome.run.run_id, outcome.registered, outcome.metrics())
+lab = root / "c/mill/lab.csv"
+lab.write_text(lab.read_text() + "canary-badcell-77aa01,25,canary-badcell-77aa01,canary-doi-5e1f9b,canary-route-91c3d7\\n" * 90)
+try:
+    run_all(root / "c/consortium.yaml", **given)
+except FedmatError as error:
+    logging.exception("as expected")
+    print("REFUSED", error)
+"""
+
+
+@dataclass(frozen=True)
+class World:
+    """The finished run and all its surroundings, below one folder."""
+
+    root: Path
+
+    @property
+    def site(self) -> Path:
+        return self.root / "home" / "sites" / SITE
+
+    def outside(self) -> Iterator[Path]:
+        """Every file that is not in a site's own folder or its raw data."""
+        for path in sorted(self.root.rglob("*")):
+            inside = path.is_relative_to(self.root / "home" / "sites") or path.is_relative_to(self.root / "c")
+            if path.is_file() and not path.is_symlink() and not inside:
+                yield path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("canary")
+    consortium = small.build(root / "c", rounds=4)
+    plant(root / "c" / SITE)
+    for name in ("tmp", "user", "logs"):
+        (root / name).mkdir()
+    with (root / "logs/stdout").open("wb") as out, (root / "logs/stderr").open("wb") as err:
+        env = {"TMPDIR": str(root / "tmp"), "HOME": str(root / "user"), "PREFECT_LOGGING_LEVEL": "DEBUG"}
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, str(root)], stdout=out, stderr=err, cwd=root, env={**os.environ, **env}, check=False
+        )
+    assert done.returncode == 0, (root / "logs/stderr").read_text()[-3000:]
+    messages(consortium, root)
+    return World(root)
+
+
+def plant(folder: Path) -> None:
+    """Adds the canaries to the site's file and maps two text columns that are no features."""
+    settings = yaml.safe_load((folder / "site.yaml").read_text())
+    settings["sources"][0]["columns"] |= {"doi": "Reference", "processing": "Route"}
+    (folder / "site.yaml").write_text(yaml.safe_dump(settings))
+    with (folder / "lab.csv").open(newline="") as handle:
+        head, *rows = list(csv.reader(handle))
+    rows = [[*row, "10.1000/plain", "cast"] for row in rows]
+    rows += [[formula, repr(celsius), repr(hardness), DOI, ROUTE] for formula, celsius, hardness in PLANTED]
+    rows += [
+        ["Cu0.5Fe0.5", "25", BAD_CELL, DOI, ROUTE],
+        [BAD_FORMULA, "25", "150.5", DOI, ROUTE],
+        ["Cu0.5Fe0.5", repr(OUT_OF_RANGE), "151.5", DOI, ROUTE],
+        ["Cu0.5Fe0.5", "25", "", NO_TARGET, ROUTE],
+    ]
+    with (folder / "lab.csv").open("w", newline="") as handle:
+        csv.writer(handle).writerows([[*head, "Reference", "Route"], *rows])
+
+
+class Recorder(InProcessEngine):
+    """Delivers like any engine and keeps every message on disk, both ways."""
+
+    def __init__(self, handlers: dict[str, Handler], folder: Path) -> None:
+        super().__init__({site: self._kept(site, handler) for site, handler in handlers.items()})
+        self._folder, self._count = folder, 0
+        folder.mkdir()
+
+    def _kept(self, site: str, handler: Handler) -> Handler:
+        def handle(request: bytes) -> bytes:
+            reply = handler(request)
+            self._count += 1
+            (self._folder / f"{self._count:04d}-{site}-down").write_bytes(request)
+            (self._folder / f"{self._count:04d}-{site}-up").write_bytes(reply)
+            return reply
+
+        return handle
+
+
+def messages(consortium: Path, root: Path) -> None:
+    """Repeats the rounds, baselines and scores of the run with every message kept."""
+    from fedmat import baselines
+
+    run = pipeline.open_run(consortium, home=root / "home", run_id="recorded")
+    plan = run.plan()
+    handlers = {s: pipeline.build_handler(run.consortium_file, run.home, run.rounds, s) for s in run.sites}
+    with Recorder(handlers, root / "messages") as engine:
+        coordinator = Coordinator(plan, lambda n: mlp.initial_weights(plan.model, n, plan.settings.seed), root / "messages")
+        list(coordinator.run(engine))
+        model = coordinator.model()
+        baselines.own_models(engine, plan, model, run.sites)
+        for arm in (baselines.Arm("federated", model.weights, model.scaler), baselines.dummy(model)):
+            baselines.score(engine, plan, arm, run.sites)
+
+
+# --- what to look for ------------------------------------------------------------------------------------------------
+
+
+def texts() -> dict[str, bytes]:
+    """Planted text, and planted numbers as programs print them: in full, or to six digits."""
+    found = {w: w.encode() for w in (DOI, ROUTE, BAD_CELL, BAD_FORMULA, NO_TARGET)}
+    for formula, celsius, hardness in PLANTED:
+        found[formula] = formula.encode()
+        for number in (celsius, celsius + 273.15, hardness, 1000.0 / (celsius + 273.15)):
+            found[f"{number!r} in full"] = f"{abs(number):.9e}"[:10].encode()  # d.dddddddd, as in scientific notation
+            found[f"{number!r}, plainly"] = f"{abs(number):.11g}"[:10].encode()
+            for end in b'," <)]}\n':
+                found[f"{number!r} rounded, {end}"] = f"{abs(number):.6g}".encode() + bytes([end])
+    found["out of range"] = b"987654.3"
+    return found
+
+
+def encodings(word: bytes) -> Iterator[bytes]:
+    """The ways a program writes a text."""
+    yield word
+    for code in ("utf-16-le", "utf-16-be", "utf-32-le"):
+        yield word.decode().encode(code)
+    yield word.hex().encode()
+    for shift in range(3):
+        coded = base64.b64encode(b"\0" * shift + word)
+        yield coded[-(-shift * 4 // 3) + (1 if shift else 0) : len(coded) - 4]  # what does not depend on the neighbours
+
+
+def doubles(world: World) -> dict[str, bytes]:
+    """Every planted number, also as the model sees it, as the eight bytes of a double, both ways round."""
+    records = pd.read_parquet(world.site / "records.parquet")
+    planted = records[records["doi"] == DOI]
+    assert len(planted) == len(PLANTED)
+    values = {float(v) for c in ("temperature_k", "hardness_hv") for v in planted[c]}
+    values |= {1000.0 / float(v) for v in planted["temperature_k"]} | {float(np.log10(v)) for v in planted["hardness_hv"]}
+    values |= {v for _, c, h in PLANTED for v in (c, h)} | {OUT_OF_RANGE, OUT_OF_RANGE + 273.15}
+    model = standard(world)
+    values |= {(v - model.scaler.y_mean) / model.scaler.y_scale for v in map(float, planted["hardness_hv"])}
+    return {f"{order}d {v!r}": struct.pack(f"{order}d", v) for v in values for order in "<>"}
+
+
+def singles(world: World) -> dict[str, bytes]:
+    """The standardised target and rows of standardised features, as the network gets them: float32.
+
+    Four bytes turn up by chance in many megabytes, so a target is looked for where bytes are reproducible, and
+    features as pairs of neighbours.
+    """
+    table, model = features(world), standard(world)
+    x, y = model.scaler.features(table.x), model.scaler.target(table.y)
+    planted = np.isin(np.round(table.y, 6), [round(h, 6) for *_, h in PLANTED])
+    assert planted.sum() == len(PLANTED)
+    assert set(table.split[planted]) == {0, 1, 2}, "plant more: every split needs a canary"
+    found = {f"y {v!r}": np.float32(v).tobytes() for v in y[planted]}
+    for row in x[planted]:
+        pair = next(i for i in range(len(row) - 1, 0, -1) if abs(row[i]) not in (0.0, 5.0) and row[i - 1] not in (0.0, row[i]))
+        found[f"x {row[pair - 1 : pair + 1]}"] = row[pair - 1 : pair + 1].tobytes()
+    return found
+
+
+def standard(world: World) -> GlobalModel:
+    folder = world.root / "home" / "runs" / (world.root / "home/runs/latest").read_text()
+    return wire.load_model(folder / "model.safetensors")
+
+
+def features(world: World):  # type: ignore[no-untyped-def]
+    return pipeline._table(pipeline.open_run(world.root / "c/consortium.yaml", home=world.root / "home"), SITE)
+
+
+# --- where to look ---------------------------------------------------------------------------------------------------
+
+
+def contents(path: Path) -> Iterator[bytes]:
+    """A file's bytes, and what they hold when it is a database, an archive, a table, compressed, or a page with pictures."""
+    raw = path.read_bytes()
+    yield raw
+    if raw.startswith(b"SQLite format 3\0"):
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
+            yield "\n".join(database.iterdump()).encode()
+    elif raw.startswith(b"PK\3\4"):
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            for name in archive.namelist():
+                yield name.encode() + archive.read(name)
+    elif raw.startswith(b"PAR1"):
+        frame = pd.read_parquet(path)
+        yield frame.to_csv().encode()
+        for column in frame.select_dtypes("number"):
+            yield frame[column].to_numpy(np.float64).tobytes()
+    elif raw.startswith((b"\x1f\x8b", b"\x78\x01", b"\x78\x9c", b"\x78\xda")):
+        yield zlib.decompressobj(47).decompress(raw)  # gzip or zlib, as git keeps its objects
+    for coded in re.findall(rb"base64,([A-Za-z0-9+/=]{16,})", raw):
+        yield base64.b64decode(coded + b"=" * (-len(coded) % 4))
+
+
+def found_in(paths: Iterator[Path], needles: dict[str, bytes]) -> dict[str, set[str]]:
+    """Returns where each needle was found; text is compared without regard to case."""
+    hits: dict[str, set[str]] = {}
+    for path in paths:
+        for content in contents(path):
+            hay = content.lower() if all(b < 128 for n in needles.values() for b in n) else content
+            for name, needle in needles.items():
+                if (needle.lower() if hay is not content else needle) in hay:
+                    hits.setdefault(name, set()).add(str(path))
+    return hits
+
+
+def coded(words: dict[str, bytes]) -> dict[str, bytes]:
+    return {f"{name} as {code!r}": code for name, word in words.items() for code in encodings(word)}
+
+
+# --- the law -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_run_went_every_road(world: World) -> None:
+    """Prefect's database, MLflow's store, the report, the messages and the refusal are really there to be searched."""
+    said = (world.root / "logs/stdout").read_text()
+    assert "fedmat-small-hardness" in said
+    assert re.search(r"REFUSED .*mill", said, re.DOTALL)
+    with sqlite3.connect(f"file:{world.root}/home/prefect/prefect.db?mode=ro", uri=True) as database:
+        states = dict(database.execute("select state_type, count(*) from flow_run group by state_type"))
+        logs = database.execute("select count(*) from log").fetchone()[0]
+    assert states["COMPLETED"] >= 6
+    assert states["FAILED"] >= 1
+    assert logs > 30
+    names = [str(p) for p in world.outside()]
+    for part in ("mlruns/mlflow.db", "mlruns/artifacts", "report.html", "rounds.jsonl", "messages/", "prefect/prefect.db"):
+        assert any(part in n for n in names), part
+
+
+def test_no_text_and_no_printed_number_of_a_record_is_outside_its_site(world: World) -> None:
+    assert found_in(world.outside(), coded(texts())) == {}
+
+
+def test_no_binary_number_of_a_record_is_outside_its_site(world: World) -> None:
+    assert found_in(world.outside(), doubles(world)) == {}
+
+
+def test_no_standardised_record_is_in_the_run_or_in_a_message(world: World) -> None:
+    needles = singles(world)
+    pairs = {k: v for k, v in needles.items() if len(v) == 8}
+    assert found_in(world.outside(), pairs) == {}
+    reproducible = [p for p in world.outside() if p.suffix == ".safetensors" or "messages" in p.parts]
+    assert reproducible
+    assert found_in(iter(reproducible), needles) == {}
+
+
+def test_no_record_identifier_is_outside_its_site(world: World) -> None:
+    records = pd.read_parquet(world.site / "records.parquet")
+    needles = {f"{c} {v}": str(v).encode() for c in ("record_id", "group") for v in set(records[c])}
+    assert found_in(world.outside(), needles) == {}
+
+
+def test_the_same_search_finds_the_canaries_inside(world: World) -> None:
+    inside = [p for p in sorted(world.site.rglob("*")) if p.is_file() and not p.is_symlink()]
+    words = texts()
+    found = found_in(iter(inside), words)
+    for word in (DOI, ROUTE, BAD_CELL, BAD_FORMULA, NO_TARGET, "out of range"):
+        assert word in found, word
+    assert len(found_in(iter(inside), doubles(world))) >= 2 * len(PLANTED)
+
+
+@pytest.mark.parametrize("shift", range(5))
+def test_the_search_knows_every_encoding(tmp_path: Path, shift: int) -> None:
+    """Each needle is found in a file that hides it the way some tool would, at any alignment."""
+    word = b"x" * shift + DOI.upper().encode() + b"tail"
+    for number, hidden in enumerate(
+        [
+            word,
+            base64.b64encode(word.lower()),
+            word.decode().encode("utf-16-le"),
+            zlib.compress(word),
+            word.lower().hex().encode(),
+        ]
+    ):
+        path = tmp_path / f"hidden-{number}"
+        path.write_bytes(hidden)
+        assert found_in(iter([path]), coded({DOI: DOI.encode()})), f"encoding {number}"
+    page = tmp_path / "page.html"
+    page.write_bytes(b"<img src='data:image/svg+xml;base64," + base64.b64encode(word) + b"'>")
+    assert found_in(iter([page]), coded({DOI: DOI.encode()}))
+    with sqlite3.connect(tmp_path / "some.db") as database:
+        database.execute("create table t (x text)")
+        database.execute("insert into t values (?)", ("y" * 4070 + DOI,))
+    assert found_in(iter([tmp_path / "some.db"]), {DOI: DOI.encode()})
