@@ -169,18 +169,15 @@ def _where(
     rejected = [s for s, row in metrics["sites"].items() if sum(row["rejected"].values())]
     places = [
         ("report", show_path(report)),
-        ("Prefect and MLflow", f"fedmat ui {show_path(consortium)}{at}"),
+        ("Prefect and MLflow", f"fedmat ui {show_path(consortium)}{at}   (starts both pages, prints their addresses)"),
         ("model file", show_path(folder / "model.safetensors")),
     ]
     if registered:
-        name = f"{registered['name']} version {registered['version']}"
-        places.append(
-            ("model in MLflow", f"{name} ({', '.join(registered['aliases']) or 'superseded'}): {registered['reason']}")
-        )
+        places.append(("model in MLflow", f"{registered['name']} version {registered['version']}; {registered['reason']}"))
     if rejected:
         reasons = folder.parents[1] / "sites" / rejected[0] / "quarantine" / "reasons.csv"
         places.append(("rejected rows", f"{show_path(reasons)} (stays at the site)"))
-    places.append(("predict", f"fedmat predict {folder.name} RECORDS.csv"))
+    places.append(("predict", f"fedmat predict {folder.name} RECORDS.csv{at}"))
     return places
 
 
@@ -281,10 +278,10 @@ def predict(
     text = frame.assign(**answers).to_csv(index=False)
     if out:
         files.write_atomic(out, text.encode())
-        console.say(f"{len(answers)} predictions in {unit or 'no unit'}: {out}")
+        console.say(f"{len(answers)} predictions{f' in {unit}' if unit else ''}: {out}")
     else:
         typer.echo(text, nl=False)
-        console.say(f"prediction in {unit or 'no unit'}")
+        console.say(f"prediction in {unit}" if unit else "prediction without a unit")
     outside = int((~answers["in_domain"]).sum())
     if outside:
         console.say(f"{outside} of {len(answers)} records lie outside the range the model was trained on: extrapolation")

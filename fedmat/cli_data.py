@@ -135,37 +135,53 @@ def site_snapshot(site_yaml: SiteFile, consortium: Charter = None, home: Home = 
 
 # --- public data -------------------------------------------------------------------------------------------------
 
+Public = Annotated[Path | None, typer.Option(help="Folder of public data.", show_default="$FEDMAT_DATA or data")]
+
 
 @data_app.command("list")
-def data_list(as_json: Json = False) -> None:
-    """List the public datasets and where they come from.
+def data_list(into: Public = None, as_json: Json = False) -> None:
+    """List the public datasets, their publishers and what is here.
 
     Example:  fedmat data list
     """
-    from fedmat import console
+    from fedmat import console, wire
     from fedmat.data import download
 
-    rows = [(name, d.repository, list(d.files)) for name, d in download.DATASETS.items()]
+    folder = _public(into)
+    datasets = download.DATASETS.values()
+    present = {d.name: download.present(d.name, folder) if d.files else (0, 0) for d in datasets}
     if as_json:
-        console.write_json([{"name": n, "repository": r, "files": f} for n, r, f in rows])
+        console.write_json([{**wire.plain(d), "present": present[d.name][0]} for d in datasets])
         return
-    console.show_rows("", ("name", "publisher", "files"), [(n, r, ", ".join(f)) for n, r, f in rows])
+    rows = [
+        (d.name, d.about, f"{sum(f.size for f in d.files) / 1e6:.1f} MB", "{} of {}".format(*present[d.name]), d.repository)
+        if d.files
+        else (d.name, d.about, "-", "derived here", d.repository or "-")
+        for d in datasets
+    ]
+    console.show_rows("", ("name", "what", "size", "files here", "publisher"), rows, right=("size", "files here"))
+    console.say(f"here: {console.show_path(folder)}; fetch one with: fedmat data get NAME")
 
 
 @data_app.command("get")
 def data_get(
     name: Annotated[str, typer.Argument(help="As in fedmat data list.")],
-    into: Annotated[Path | None, typer.Option(help="Folder of public data.", show_default="$FEDMAT_DATA or data")] = None,
+    into: Public = None,
 ) -> None:
     """Download a public dataset, checksum verified; an interrupted download goes on.
 
     Example:  fedmat data get calisol23 --into data
     """
-    import os
-
     from fedmat import console
     from fedmat.data import download
 
-    folder = into or Path(os.environ.get("FEDMAT_DATA") or "data")
-    path = download.get(name, folder, progress=True)
+    folder = _public(into)
+    with console.downloads() as told:
+        path = download.get(name, folder, progress=told)
     console.show_where([("data", console.show_path(path)), ("use", f"export FEDMAT_DATA={folder.resolve()}")])
+
+
+def _public(into: Path | None) -> Path:
+    import os
+
+    return into or Path(os.environ.get("FEDMAT_DATA") or "data")

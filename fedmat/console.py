@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,6 +182,28 @@ def working(text: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def downloads() -> Iterator[Callable[[str, int, int | None], None]]:
+    """Gives a function that is told (file, bytes so far, bytes in all) and shows it on a terminal."""
+    console = err()
+    if not console.is_terminal:
+        yield lambda _file, _done, _total: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console
+    ) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def told(file: str, done: int, total: int | None) -> None:
+            if file not in tasks:
+                tasks[file] = bars.add_task(escape(file), total=total)
+            bars.update(tasks[file], completed=done, total=total)
+
+        yield told
+
+
 # --- answers -----------------------------------------------------------------------------------------------------
 
 
@@ -192,11 +214,10 @@ def show_result(metrics: Mapping[str, Any]) -> None:
     metric, unit = metrics["task"]["metric"], words.unit_of(metrics)
     better = "higher is better" if metric == "auc" else "lower is better"
     console = out()
-    grid = Table(
-        title=f"{metrics['title']}\n{metric.upper()}{f' in {unit}' if unit else ''} on each site's held-out materials; {better}",
-        title_justify="left",
-        title_style="bold",
-    )
+    unit = f" in {unit}" if unit else ""
+    console.print(f"[bold]{escape(metrics['title'])}[/]")
+    console.print(f"{metric.upper()}{unit} on each site's held-out materials; {better}", markup=False)
+    grid = Table()
     grid.add_column("site")
     grid.add_column("records", justify="right")
     for name in ("alone", "federated", "fine-tuned", "pooled", "gain"):
@@ -210,11 +231,11 @@ def show_result(metrics: Mapping[str, Any]) -> None:
         for arm in ("local", "federated", "finetuned", "pooled"):
             value = row[f"own_{arm}"]
             text = words.number(value) if value is not None else "-"
-            cells.append(f"[bold green]{text}[/]" if row["best"] == arm else text)
+            cells.append(f"[bold green]{text} *[/]" if row["best"] == arm else text)
         gain = words.percent(row["gain_percent"]) if row["gain_percent"] is not None else "-"
         grid.add_row(escape(row["site"]), f"{row['rows']:,}", *cells, gain)
     console.print(grid)
-    note = "green: best for the site; gain: federated against alone"
+    note = "* best for the site; gain: federated against alone"
     console.print(f"[dim]{note}{'; pooled: all records in one place, an upper bound' if metrics['simulated'] else ''}[/]\n")
     for paragraph, lines in words.verdict(metrics):
         console.print(paragraph, markup=False)
@@ -258,7 +279,8 @@ def show_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[object
     """Shows a plain table on stdout."""
     grid = Table(title=title, title_justify="left", title_style="bold")
     for name in columns:
-        grid.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        first = name == columns[0]
+        grid.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=first)
     for row in rows:
         grid.add_row(*(escape(str(cell)) for cell in row))
     out().print(grid)

@@ -423,7 +423,10 @@ def _comparisons(overall: Mapping[str, Any], locals_: list[dict[str, Any] | None
     out: dict[str, float] = {}
     if federated is None:
         return out
-    better = (lambda f, o: f / o - 1.0) if metric == "auc" else (lambda f, o: 1.0 - f / o)
+
+    def better(ours: float, other: float) -> float:
+        return ours / other - 1.0 if metric == "auc" else 1.0 - ours / other
+
     pooled, mean = value(overall.get("pooled")), value(overall.get("local_mean"))
     single = [v for m in locals_ if (v := value(m)) is not None]
     if pooled:

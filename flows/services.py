@@ -302,6 +302,8 @@ def _settings(home: Path, url: str) -> Iterator[None]:
     place = prefect_home(home)
     place.mkdir(parents=True, exist_ok=True)
     values: dict[str, object] = {"home": place, "api.url": f"{url}/api", "flows.heartbeat_frequency": None}
+    if "PREFECT_CLIENT_MAX_RETRIES" not in os.environ:
+        values["client.max_retries"] = 3  # 14 s for each call to a server that went away; the default, 5, is a minute
     with temporary_settings(values):  # type: ignore[arg-type]
         yield
 

@@ -189,8 +189,14 @@ def _unexpected(step: str, error: Exception, run: Run, site: str | None) -> Fedm
 
 @contextmanager
 def _courtesy() -> Iterator[None]:
-    """Artifacts are for people: a server that cannot take one does not stop a run."""
+    """Artifacts are for people: a server that cannot take one, or is gone, neither stops nor delays a run."""
+    from prefect.settings import get_current_settings
+
+    from flows.services import answers
+
     try:
+        if not answers(f"{get_current_settings().api.url}/health"):
+            raise ConnectionError  # Prefect's client would try again for many seconds
         yield
     except Exception as error:  # noqa: BLE001
         from prefect.logging import get_logger

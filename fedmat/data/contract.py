@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,7 +121,7 @@ RECORD_TYPES: Mapping[str, RecordType] = {
                 Field("solvents", "mixture", "solvent fractions, as measured"),
                 Field("solvent_basis", "category", "fractions by weight, volume or mole", categories=("w", "v", "mol")),
                 _TEMPERATURE,
-                _SIGMA,
+                replace(_SIGMA, low=1e-12),  # pure solvents conduct more than that: lower is a unit or a typing error
                 _DOI,
             ),
             group=("salt", "solvents", "solvent_basis"),
@@ -250,6 +250,7 @@ RECORD_TYPES: Mapping[str, RecordType] = {
                 "negative_particle_radius_um",
                 "c_rate",
                 "temperature_k",
+                "areal_energy_wh_m2",
             ),
         ),
     )
@@ -384,12 +385,9 @@ def suite_bytes(rt: RecordType) -> bytes:
 
 def write_suites(folder: Path) -> tuple[Path, ...]:
     """Writes every record type's suite to ``folder/<record type>.json`` and returns the paths."""
-    paths = []
-    for rt in RECORD_TYPES.values():
-        path = folder / f"{rt.name}.json"
-        files.write_atomic(path, suite_bytes(rt))
-        paths.append(path)
-    return tuple(paths)
+    contents = {f"{rt.name}.json": suite_bytes(rt) for rt in RECORD_TYPES.values()}
+    files.write_together(folder, contents)
+    return tuple(folder / name for name in contents)
 
 
 def main(arguments: Sequence[str]) -> int:

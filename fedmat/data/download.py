@@ -1,11 +1,11 @@
 """Public datasets from their publishers, verified to the byte and resumed where a download broke off.
 
-Knows: where each published file is (repository, commit, path), its SHA-256, and which files have no publisher because this
-project derived them. Refuses to know: what the files mean. A file that is there and differs is never overwritten.
+Knows: how to fetch what ``datasets`` lists, from the publisher or a mirror of it. Refuses to know: what the files mean.
+A file that is there and differs is never overwritten, and nothing is kept whose digest is not the promised one.
 
 References:
     Download manager: L. Uieda et al., "Pooch: A friend to fetch your data files", JOSS 5(45) 1943 (2020).
-    Range requests: R. Fielding et al., "HTTP Semantics", RFC 9110, section 14. Papers of the data: ``Dataset.paper``.
+    Range requests: R. Fielding et al., "HTTP Semantics", RFC 9110, section 14.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fcntl
-import shutil
+import os
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import quote
 
-from fedmat.errors import ConfigError, DataError, FedmatError, ServiceError
+from fedmat.data.datasets import DATASETS, Dataset, Published
+from fedmat.errors import ConfigError, DataError, ServiceError
 from fedmat.files import sha256, sha256_file, write_atomic, write_json
 
 PUBLISHER = "https://raw.githubusercontent.com"
@@ -29,269 +31,255 @@ Progress = Callable[[str, int, "int | None"], None]  # file, bytes so far, bytes
 _CHUNK = 1 << 16
 _TIMEOUT = (10, 60)  # seconds to connect, seconds of silence
 _ATTEMPTS = 4
+_PAUSE = 0.5  # seconds more before every further attempt
+_MOST = 1 << 28  # bytes of one file: more is not what was asked for
 _PARTS = ".download"  # half-downloaded files, below the dataset's folder
 
+__all__ = ["DATASETS", "Dataset", "Progress", "Published", "get", "present"]
 
-@dataclass(frozen=True)
-class Published:
-    """One file as it lies in the dataset's folder.
 
-    Attributes:
-        name: file name here.
-        sha256: of the file as it lies here.
-        size: bytes as it lies here.
-        path: path in the publisher's repository.
-        elsewhere: (commit, path) to try when it is not at ``path``; the digest decides what is accepted.
-        sheet: the publisher has a workbook: its first sheet without its first (index) column is the file.
+def get(name: str, into: Path, *, base_url: str | None = None, progress: bool | Progress = False) -> Path:
+    """Fetches every published file of a dataset that is not there yet; returns the dataset's folder ``into/name``.
+
+    Args:
+        name: a key of :data:`DATASETS`.
+        into: the folder of datasets, what ``FEDMAT_DATA`` names.
+        base_url: a mirror laid out like the publisher: ``<base_url>/<repository>/<commit>/<path>``.
+        progress: True for a bar on the terminal, or a function that is told (file, bytes so far, bytes in all).
+
+    Raises:
+        ConfigError: there is no such dataset, or this project derived it and nobody publishes it.
+        DataError: a file is there already and is not the published one.
+        ServiceError: the publisher cannot be reached, has no such file, or sends other bytes than promised. What was
+            fetched stays; the next call goes on from there.
     """
-
-    name: str
-    sha256: str
-    size: int
-    path: str
-    elsewhere: tuple[tuple[str, str], ...] = ()
-    sheet: bool = False
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A public dataset: who publishes it, under which licence, and what this project made of it.
-
-    Attributes:
-        derived: files that this project derived: they have no publisher and cannot be downloaded.
-    """
-
-    name: str
-    about: str
-    repository: str
-    commit: str
-    licence: str
-    paper: str
-    files: tuple[Published, ...] = ()
-    derived: tuple[str, ...] = ()
+    dataset = _dataset(name)
+    folder = into / name
+    wanted = [file for file in dataset.files if not _is_there(folder, file)]
+    if not wanted:
+        return folder
+    try:
+        with _report(progress) as told, _one_at_a_time(folder):
+            for file in wanted:
+                _fetch(dataset, file, folder, base_url or PUBLISHER, told)
+            write_json(folder / "SOURCE.json", {"schema": "fedmat/source/1", **asdict(dataset)})
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror})", fix="make room, or name another folder") from error
+    return folder
 
 
-DATASETS: Mapping[str, Dataset] = {
-    d.name: d
-    for d in (
-        Dataset(
-            "calisol23",
-            "conductivity of 13,825 liquid electrolytes from 27 laboratories",
-            "Kyeongbin-Tom/calisol23-ionic-conductivity",
-            "4f7ac3b0b2203f1c3e9138a891d6456541d5bb87",
-            "CC BY 4.0",
-            "CALiSol-23, Sci. Data 11 (2024), doi:10.1038/s41597-024-03575-8",
-            (
-                Published(
-                    "calisol23.csv",
-                    "2ef57814c086316ec2d1c583ea5e58e57832185a8b39a2ce0c7fc77f25e566c6",
-                    2796946,
-                    "data/calisol23.xlsx",
-                    elsewhere=(
-                        ("4f7ac3b0b2203f1c3e9138a891d6456541d5bb87", "calisol23.xlsx"),
-                        ("44bc54ed715448f9f0149e292db20cde9a020f79", "calisol23.xlsx"),
-                    ),
-                    sheet=True,
-                ),
-            ),
-        ),
-        Dataset(
-            "obelix",
-            "room-temperature conductivity of 599 solid electrolytes, 321 with crystal structures",
-            "NRC-Mila/OBELiX",
-            "4eaac889809dd489e3bae468c45d5c0e02b9147a",
-            "CC BY 4.0",
-            "Therrien et al., arXiv:2502.14234 (2025)",
-            (
-                Published(
-                    "all.csv", "54f6265ef84d16a919d08c6815f14b0fd7465fa00090bee2511c16c042e57f3c", 114856, "data/downloads/all.csv"
-                ),
-                Published(
-                    "train.csv",
-                    "01d87779862807e24bc45bb2c759852f892390b99f9340f13906c54805aa8776",
-                    91889,
-                    "data/downloads/train.csv",
-                ),
-                Published(
-                    "test.csv", "b2c266eb74e22f403743d52959bea7c43b1531a850994870a70dd909200e5297", 23220, "data/downloads/test.csv"
-                ),
-                Published(
-                    "all_cifs.tar.gz",
-                    "bfa2a3c92e3b8ca1b9859992e686c9e19f98924e7ff369c05db7006548217d49",
-                    106813,
-                    "data/downloads/all_cifs.tar.gz",
-                ),
-                Published(
-                    "train_cifs.tar.gz",
-                    "0c461b79d3650e68228f2b921d1b9b58944dcbe470eeffcf85653748c13ce19e",
-                    54532,
-                    "data/downloads/train_cifs.tar.gz",
-                ),
-                Published(
-                    "test_cifs.tar.gz",
-                    "26697dd885b54dce6f7be6e0fcadc29678c75e63a277cb78e1f8341b22a6c6f9",
-                    17780,
-                    "data/downloads/test_cifs.tar.gz",
-                ),
-            ),
-            derived=("derived_xrd_sim_CuKa_10_80_0p1.npz",),
-        ),
-        Dataset(
-            "liion_liverpool",
-            "820 conductivities of lithium-ion solids at many temperatures",
-            "NRC-Mila/OBELiX",
-            "4eaac889809dd489e3bae468c45d5c0e02b9147a",
-            "CC BY 4.0 where redistributed; the Liverpool site's own terms were not found",
-            "Hargreaves et al., npj Comput. Mater. 9, 9 (2023), doi:10.1038/s41524-022-00951-z",
-            (
-                Published(
-                    "LiIonDatabase.csv",
-                    "d24ed972b88c3aba14194b6f9347fb3c8e8f9249b82fec22d961e709c1c06e5d",
-                    75093,
-                    "data/misc/LiIonDatabase.csv",
-                ),
-            ),
-            derived=("LiIonDatabase_clean.csv",),
-        ),
-        Dataset(
-            "mpea",
-            "mechanical properties of 1,545 multi-principal element alloys",
-            "CitrineInformatics/MPEA_dataset",
-            "d31e2510cccc3fb9e79d43ad62652f64ef8c2c5e",
-            "Apache-2.0",
-            "Borg et al., Sci. Data 7, 430 (2020)",
-            (
-                Published(
-                    "MPEA_dataset.csv",
-                    "c5504d93fd324d1be26cf814d0694ee9ee95578d68a0b38aba6813b939fa2c5d",
-                    332126,
-                    "MPEA_dataset.csv",
-                ),
-                Published(
-                    "references.csv",
-                    "54601f6302088769b8320d7d318053903b0976901050e63a13cc9ae91e41e991",
-                    49840,
-                    "references/references.csv",
-                ),
-            ),
-        ),
-        Dataset(
-            "polymer_electrolyte",
-            "10,114 conductivities of polymer electrolytes",
-            "learningmatter-mit/Chem-prop-pred",
-            "39b0c16f70c4142b32a67531a093718c767ad43d",
-            "MIT",
-            "Bradford, Lopez et al., ACS Cent. Sci. 9, 206 (2023), doi:10.1021/acscentsci.2c01123",
-            (
-                Published(
-                    "clean_train_data.csv",
-                    "6b6de5979e2b0fe592e9c75b98cdccc6a77c579bd9332e3633301f6f6392ca74",
-                    1124553,
-                    "data/clean_train_data.csv",
-                ),
-            ),
-        ),
-        Dataset(
-            "matbench_composition",
-            "six Matbench v0.1 tasks as composition tables in the official row order",
-            "anthony-wang/CrabNet",
-            "457b4d4835737ecbe4dd33e53174bd818bd82143",
-            "repository MIT; Materials Project data CC BY 4.0",
-            "Dunn et al., npj Comput. Mater. 6, 138 (2020), doi:10.1038/s41524-020-00406-3",
-            tuple(
-                Published(name, digest, size, f"data/matbench/{path}")
-                for name, digest, size, path in (
-                    ("castelli.csv", "2aba6ff55450b269056de0e07362bd279d32abc8e4af04ca0100ecbb3e62bb97", 288969, "castelli.csv"),
-                    ("dielectric.csv", "6320d3da4c0f68e9248e26c058bf047b71f43ec687a6db6faf4f7bc4f4f21c9e", 132927, "dielectric.csv"),
-                    (
-                        "elasticity_log10_G_VRH_.csv",
-                        "6eda504f98a3b98308bb4f1353810f2703475daa85540b15aebe1fedf313304a",
-                        296676,
-                        "elasticity_log10(G_VRH).csv",
-                    ),
-                    (
-                        "elasticity_log10_K_VRH_.csv",
-                        "b4e2620ca797b9eca83a6633d4b94dc3ae047bba3f0eacd5cdb446a75d07d087",
-                        296929,
-                        "elasticity_log10(K_VRH).csv",
-                    ),
-                    ("jdft2d.csv", "96e89a27ba23662de1fed19faaf577db45fd1a3b160d149b556e9d6a348a3056", 30270, "jdft2d.csv"),
-                    ("phonons.csv", "09108e3cbfead13edc0c18e66ca015cef28f7431fcc822038bc7b5ecc5d6222b", 34070, "phonons.csv"),
-                )
-            ),
-        ),
-        Dataset(
-            "perov5_structures",
-            "7,572 cubic perovskites with structures (validation and test parts of Perov-5)",
-            "txie-93/cdvae",
-            "f857f598d6f6cca5dc1ea0582d228f12dcc2c2ea",
-            "repository MIT; terms of the Computational Materials Repository not stated there",
-            "Castelli et al., Energy Environ. Sci. 5, 5814 and 9034 (2012); Xie et al., ICLR 2022",
-            (
-                Published(
-                    "perov5_val.csv",
-                    "326f401219901270374b71e2faff63df3a29a99fd26f469993b9f476b693daf2",
-                    3673814,
-                    "data/perov_5/val.csv",
-                ),
-                Published(
-                    "perov5_test.csv",
-                    "a85878c685037f0a578257f6d4fcdde00e968dbab73c5f1e90ecef65218513f6",
-                    3671842,
-                    "data/perov_5/test.csv",
-                ),
-            ),
-            derived=("matbench_row_map.csv", "derived_xrd_sim_CuKa_10_80_0p2.npz"),
-        ),
-        Dataset(
-            "battery_severson",
-            "cycle life of 124 fast-charged cells",
-            "petermattia/revisit-severson-et-al",
-            "3a77c7d513126e921896315038d0f8f2645e440d",
-            "repository MIT; terms of data.matr.io not verified",
-            "Severson et al., Nat. Energy 4, 383 (2019); Attia et al., J. Electrochem. Soc. 168, 090547 (2021)",
-            (
-                Published(
-                    "severson_SI_table9_policies.csv",
-                    "34be34f86521c12daf0bbb962dca0bd3bd65089b7bc8bcea85f84480e6fd3cb3",
-                    6253,
-                    "lifetime_charging_time/severson_et_al_SI_table9.csv",
-                ),
-            ),
-            derived=("features_100cycles.csv", "qdv_cycles2_100_v100.npz"),
-        ),
-        Dataset(
-            "xrd_perovskite",
-            "85 measured diffraction patterns of metal halide films, resampled to one grid",
-            "PV-Lab/autoXRD",
-            "2fc398059ff16a5cab67b0afcbc69f68748586b8",
-            "Apache-2.0",
-            "Oviedo et al., npj Comput. Mater. 5, 60 (2019)",
-            derived=("xrd_exp_10_50deg.csv.gz",),
-        ),
-        Dataset(
-            "mp_elastic_structures_join",
-            "1,146 elastic moduli joined to Materials Project structures",
-            "anthony-wang/CrabNet, aimat-lab/3DSC",
-            "457b4d4835737ecbe4dd33e53174bd818bd82143",
-            "CC BY 4.0",
-            "de Jong et al., Sci. Data 2, 150009 (2015)",
-            derived=("elastic_structures.csv.gz",),
-        ),
-        Dataset(
-            "consortia",
-            "which row of which dataset belongs to which simulated site and split",
-            "",
-            "",
-            "inherits each source's",
-            "",
-            derived=(
-                "C1_solid_electrolyte.csv",
-                "C2_alloys.csv",
-                "C4a_liquid_electrolyte_sites.csv",
-                "C4b_polymer_electrolyte_sites.csv",
-                "C6_battery_sites.csv",
-            ),
-        ),
+def present(name: str, into: Path) -> tuple[int, int]:
+    """Returns (published files of the dataset that are there and right, published files in all)."""
+    files = _dataset(name).files
+    right = sum((into / name / f.name).is_file() and sha256_file(into / name / f.name) == f.sha256 for f in files)
+    return right, len(files)
+
+
+def _dataset(name: str) -> Dataset:
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(DATASETS)}"
+        raise ConfigError(f"there is no dataset '{name}'; {hint}", fix="see 'fedmat data list'")
+    dataset = DATASETS[name]
+    if not dataset.files:
+        origin = f" from {dataset.repository}" if dataset.repository else ""
+        raise ConfigError(
+            f"dataset '{name}' has no publisher: {', '.join(dataset.derived)} were derived by this project{origin}",
+            fix="copy the folder from a machine that has it into FEDMAT_DATA",
+        )
+    return dataset
+
+
+def _is_there(folder: Path, file: Published) -> bool:
+    path = folder / file.name
+    if not path.exists():
+        return False
+    if path.is_file() and sha256_file(path) == file.sha256:
+        return True
+    raise DataError(f"{path}: is there and is not the published file", fix="move it away, then run again")
+
+
+# --- one file ----------------------------------------------------------------------------------------------------
+
+
+def _fetch(dataset: Dataset, file: Published, folder: Path, base: str, told: Progress) -> None:
+    """Downloads one file by its first address that answers, checks it and puts it in place."""
+    addresses = [(dataset.commit, file.path), *file.elsewhere]
+    absent = []
+    for commit, path in addresses:
+        url = f"{base.rstrip('/')}/{dataset.repository}/{commit}/{quote(path)}"
+        try:
+            data = _retrieve(url, file, folder, told)
+        except _NotFound:
+            absent.append(url)
+            continue
+        write_atomic(folder / file.name, data)
+        return
+    raise ServiceError(
+        f"{file.name}: the publisher has no such file (404 at {' and at '.join(absent)})",
+        fix="look for the file at the publisher; one with the right digest may be put into the folder by hand",
     )
-}
+
+
+def _retrieve(url: str, file: Published, folder: Path, told: Progress) -> bytes:
+    """Returns the verified bytes behind ``url``; a workbook comes back as the text table it holds."""
+    import pooch
+
+    pooch.get_logger().setLevel("ERROR")  # it would print paths and digests
+    parts = folder / _PARTS
+    fetched = f"{file.name}.xlsx" if file.sheet else f"{file.name}.whole"
+    part = parts / f"{sha256(url.encode())[:16]}.part"
+    with contextlib.suppress(FileNotFoundError):
+        (parts / fetched).unlink()  # whole but never verified: killed in between
+    try:
+        path = pooch.retrieve(
+            url,
+            known_hash=None if file.sheet else f"sha256:{file.sha256}",
+            fname=fetched,
+            path=parts,
+            downloader=_Resuming(part, file.name, None if file.sheet else file.size, told),
+        )
+        data = _sheet(Path(path)) if file.sheet else Path(path).read_bytes()
+        if sha256(data) != file.sha256:
+            raise ValueError("digest")
+    except ValueError:
+        raise ServiceError(
+            f"{file.name}: {url} sent other bytes than were published (SHA-256 differs)",
+            fix="try again; if it persists, the address or a proxy on the way serves something else",
+        ) from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            (parts / fetched).unlink()
+    return data
+
+
+def _sheet(path: Path) -> bytes:
+    """Returns a workbook's first sheet without its index column, as the CSV text its digest was taken of."""
+    import pandas as pd
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            frame = pd.read_excel(path)
+    except Exception:  # noqa: BLE001  zip, XML and openpyxl errors alike mean: not a workbook
+        raise ValueError("not a workbook") from None
+    return str(frame.drop(columns=frame.columns[0]).to_csv(index=False, lineterminator="\n")).encode()
+
+
+class _NotFound(Exception):
+    """The server says that there is nothing at the address."""
+
+
+class _Resuming:
+    """A pooch downloader that keeps what arrived in a part file and asks only for the rest (RFC 9110, section 14.2)."""
+
+    def __init__(self, part: Path, name: str, size: int | None, told: Progress) -> None:
+        self.part, self.name, self.size, self.told = part, name, size, told
+
+    def __call__(self, url: str, output_file: str | IO[bytes], pooch: Any, check_only: bool = False) -> None:
+        """Downloads ``url`` into ``output_file``, going on from the part file and trying again after a break."""
+        import requests
+        import urllib3
+
+        trouble = ""
+        for attempt in range(_ATTEMPTS):
+            time.sleep(_PAUSE * attempt)
+            try:
+                if self._go_on(url):
+                    os.replace(self.part, str(output_file))
+                    return
+                trouble = "the connection ended before the file did"
+            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+                trouble = type(error).__name__
+            except _Refused as error:
+                trouble = str(error)
+        have = self.part.stat().st_size if self.part.is_file() else 0
+        raise ServiceError(
+            f"{self.name}: {url} cannot be fetched ({trouble}); {have} bytes are kept",
+            fix="check the network or proxy and run again: the download goes on from there",
+        )
+
+    def _go_on(self, url: str) -> bool:
+        """Appends what the server sends to the part file; returns whether the file is whole."""
+        import requests
+
+        have = self.part.stat().st_size if self.part.is_file() else 0
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+        with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as answer:
+            if answer.status_code == 404:
+                raise _NotFound(url)
+            if answer.status_code == 416:  # nothing is left to send: whole, or not this file at all
+                return self._whole(have, _total(answer.headers.get("Content-Range", "")))
+            if answer.status_code not in (200, 206):
+                raise _Refused(f"HTTP status {answer.status_code}")
+            goes_on = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+            if answer.status_code == 206 and not goes_on:
+                self.part.unlink(missing_ok=True)
+                raise _Refused("the server answered with another range than was asked for")
+            length = answer.headers.get("Content-Length", "")
+            start = have if goes_on else 0
+            total = start + int(length) if length.isdigit() else self.size
+            done = start
+            with self.part.open("ab" if goes_on else "wb") as handle:
+                while chunk := answer.raw.read1(_CHUNK):  # what has arrived, so that nothing is lost when it breaks off
+                    done += len(chunk)
+                    if done > _MOST:
+                        raise _Refused("the file is larger than any dataset")
+                    handle.write(chunk)
+                    self.told(self.name, done, total)
+        return self._whole(done, total)
+
+    def _whole(self, have: int, total: int | None) -> bool:
+        if total is not None and have > total:
+            self.part.unlink(missing_ok=True)  # of another file
+            return False
+        return total is None or have == total
+
+
+class _Refused(Exception):
+    """The server answered, but not with the file."""
+
+
+def _total(content_range: str) -> int | None:
+    text = content_range.rpartition("/")[2]
+    return int(text) if text.isdigit() else None
+
+
+# --- around it ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Holds the dataset's lock; the operating system drops it when the process dies."""
+    (folder / _PARTS).mkdir(parents=True, exist_ok=True)
+    with (folder / _PARTS / "lock").open("wb") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ServiceError(f"{folder}: another process is downloading this dataset", fix="wait for it") from None
+        yield
+        with contextlib.suppress(OSError):  # what was cut short stays for the next call
+            (folder / _PARTS / "lock").unlink()
+            (folder / _PARTS).rmdir()
+
+
+@contextlib.contextmanager
+def _report(progress: bool | Progress) -> Iterator[Progress]:
+    """Yields a function that reports bytes: the caller's own, a terminal bar, or one that says nothing."""
+    if callable(progress):
+        yield progress
+    elif not progress:
+        yield lambda _file, _done, _total: None
+    else:
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        with Bars(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()) as bars:
+            tasks: dict[str, Any] = {}
+
+            def told(file: str, done: int, total: int | None) -> None:
+                if file not in tasks:
+                    tasks[file] = bars.add_task(file, total=total)
+                bars.update(tasks[file], completed=done, total=total)
+
+            yield told

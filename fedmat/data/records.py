@@ -103,7 +103,10 @@ def prepare(site: SiteConfig, base: Path, folder: Path, *, target: str, admissio
     if problems:
         what, fix = problems[0]
         raise SiteRefused(f"site {site.site}: {what}", fix=fix)
-    verdict = validation.run_suite(accepted, rt)
+    try:
+        verdict = validation.run_suite(accepted, rt)
+    except SiteRefused as error:
+        raise SiteRefused(f"site {site.site}: {error.what}", fix=error.fix) from None
     if not verdict.success:
         raise SiteRefused(
             f"site {site.site}: the accepted records break the {rt.name} suite: {', '.join(verdict.failed)}",

@@ -103,7 +103,7 @@ def train(
         rows = plan[step]
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(net(features[rows]), target[rows])
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if local.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, local.clip_grad_norm)
         for p, a in zip(parameters, anchor, strict=False):
