@@ -98,7 +98,7 @@ def run(
 
     Prepares every site's data, trains in rounds, compares with what each site could do alone, reports and registers.
 
-    A run that was interrupted goes on where it stopped; a finished one is not trained again.
+    A run that was interrupted goes on where it stopped; rounds that are done are not done again.
 
     Example:  fedmat run examples/cells/consortium.yaml --rounds 10 --json
     """

@@ -220,9 +220,10 @@ def show_result(metrics: Mapping[str, Any]) -> None:
     grid = Table()
     grid.add_column("site")
     grid.add_column("records", justify="right")
-    for name in ("alone", "federated", "fine-tuned", "pooled", "gain"):
-        grid.add_column(name, justify="right")
     rows = words.table(metrics)
+    abroad = any(row["global_local"] is not None for row in rows)
+    for name in ("alone", "federated", "fine-tuned", "pooled", "gain", *(["alone on all"] if abroad else [])):
+        grid.add_column(name, justify="right")
     for row in rows:
         last = row is rows[-1]
         if last:
@@ -233,10 +234,15 @@ def show_result(metrics: Mapping[str, Any]) -> None:
             text = words.number(value) if value is not None else "-"
             cells.append(f"[bold green]{text} *[/]" if row["best"] == arm else text)
         gain = words.percent(row["gain_percent"]) if row["gain_percent"] is not None else "-"
-        grid.add_row(escape(row["site"]), f"{row['rows']:,}", *cells, gain)
+        everywhere = [words.number(row["global_local"]) if row["global_local"] is not None else "-"] if abroad else []
+        grid.add_row(escape(row["site"]), f"{row['rows']:,}", *cells, gain, *everywhere)
     console.print(grid)
     note = "* best for the site; gain: federated against alone"
-    console.print(f"[dim]{note}{'; pooled: all records in one place, an upper bound' if metrics['simulated'] else ''}[/]\n")
+    if metrics["simulated"]:
+        note += (
+            "; pooled: all records in one place, an upper bound;\nalone on all: the site's own model on every site's materials"
+        )
+    console.print(f"[dim]{note}[/]\n")
     for paragraph, lines in words.verdict(metrics):
         console.print(paragraph, markup=False)
         for line in lines:

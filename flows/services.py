@@ -316,10 +316,11 @@ def _hushed() -> Iterator[None]:
     """
 
     def wanted(record: logging.LogRecord) -> bool:
-        about_runs = record.name.startswith(("prefect.flow_runs", "prefect.task_runs"))
+        about_runs = record.name.startswith(("prefect.flow_runs", "prefect.task_runs", "prefect._internal"))
         return record.name.startswith("fedmat") or (record.levelno >= logging.ERROR and not about_runs)
 
-    consoles = [h for h in logging.getLogger().handlers if type(h).__name__ == "PrefectConsoleHandler"]
+    loggers = (logging.getLogger(), logging.getLogger("prefect._internal"))
+    consoles = [h for logger in loggers for h in logger.handlers if isinstance(h, logging.StreamHandler)]
     for handler in consoles:
         handler.addFilter(wanted)
     try:

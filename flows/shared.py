@@ -12,8 +12,8 @@ from __future__ import annotations
 import functools
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,14 +134,15 @@ def run_name() -> str:
 
 def rename(name: str) -> None:
     """Gives the current flow run its full name once that is known."""
-    if not orchestrated():
-        return
-    with _courtesy():
+
+    def work() -> None:
         from prefect import runtime
         from prefect.client.orchestration import get_client
 
         with get_client(sync_client=True) as client:
             client.set_flow_run_name(runtime.flow_run.id, name)
+
+    _courteously(work)
 
 
 # --- the boundary --------------------------------------------------------------------------------------------------
@@ -187,20 +188,19 @@ def _unexpected(step: str, error: Exception, run: Run, site: str | None) -> Fedm
 # --- artifacts -----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _courtesy() -> Iterator[None]:
-    """Artifacts are for people: a server that cannot take one, or is gone, neither stops nor delays a run."""
+def _courteously(work: Callable[[], None]) -> None:
+    """Does what is for people only: without Prefect not at all, and a server that is gone neither stops nor delays a run."""
+    if not orchestrated():
+        return
+    from prefect.logging import get_logger
     from prefect.settings import get_current_settings
 
     from flows.services import answers
 
     try:
-        if not answers(f"{get_current_settings().api.url}/health"):
-            raise ConnectionError  # Prefect's client would try again for many seconds
-        yield
-    except Exception as error:  # noqa: BLE001
-        from prefect.logging import get_logger
-
+        if answers(f"{get_current_settings().api.url}/health"):  # Prefect's client would try again for many seconds
+            work()
+    except Exception as error:  # noqa: BLE001  whatever Prefect's client raises, the run is worth more than its artifacts
         get_logger("fedmat").warning("an artifact was not stored (%s)", type(error).__name__)
 
 
@@ -211,20 +211,24 @@ def key(*parts: str) -> str:
 
 def table(name: str, rows: list[dict[str, Any]], about: str) -> None:
     """Stores a table artifact when Prefect is there."""
-    if orchestrated():
-        with _courtesy():
-            from prefect.artifacts import create_table_artifact
 
-            create_table_artifact(table=rows, key=name, description=about)
+    def work() -> None:
+        from prefect.artifacts import create_table_artifact
+
+        create_table_artifact(table=rows, key=name, description=about)
+
+    _courteously(work)
 
 
 def markdown(name: str, text: str, about: str) -> None:
     """Stores a markdown artifact when Prefect is there."""
-    if orchestrated():
-        with _courtesy():
-            from prefect.artifacts import create_markdown_artifact
 
-            create_markdown_artifact(markdown=text, key=name, description=about)
+    def work() -> None:
+        from prefect.artifacts import create_markdown_artifact
+
+        create_markdown_artifact(markdown=text, key=name, description=about)
+
+    _courteously(work)
 
 
 class Board:
@@ -241,12 +245,13 @@ class Board:
 
     def round(self, report: RoundReport) -> None:
         """Takes one round's report."""
+        left_out = [f"{d.site} ({d.reason})" for d in report.dropouts] + [f"{r.site} ({r.reason})" for r in report.rejections]
         self._rows.append(
             {
                 "round": report.round + 1,
                 "sites": len(report.accepted),
-                "left out": ", ".join(f"{x.site} ({x.reason})" for x in (*report.dropouts, *report.rejections)) or "-",
-                "validation mae": report.validation.get("mae"),
+                "left out": ", ".join(left_out) or "-",
+                **{f"validation {k}": v for k, v in report.validation.items() if k != "n"},
                 "learning rate": report.lr,
                 "KiB down": round(sum(report.bytes_down.values()) / 1024, 1),
                 "KiB up": round(sum(report.bytes_up.values()) / 1024, 1),
@@ -264,17 +269,17 @@ class Board:
             table(key(self._name, "rounds"), self._rows, f"{self._name}: every round of this run")
 
     def _show(self) -> None:
-        if not orchestrated():
-            return
         started = time.monotonic()
-        with _courtesy():
-            from prefect.artifacts import create_progress_artifact, update_progress_artifact
-
-            share = 100.0 * float(self._rows[-1]["round"]) / self._rounds
-            if self._bar is None:
-                about = f"{self._name}: rounds done of {self._rounds}"
-                self._bar = create_progress_artifact(progress=share, key=key(self._name, "progress"), description=about)
-            else:
-                update_progress_artifact(artifact_id=self._bar, progress=share)
+        _courteously(self._draw)
         took = time.monotonic() - started
         self._next = time.monotonic() + max(self._every, 20.0 * took)
+
+    def _draw(self) -> None:
+        from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+        share = 100.0 * float(self._rows[-1]["round"]) / self._rounds
+        if self._bar is None:
+            about = f"{self._name}: rounds done of {self._rounds}"
+            self._bar = create_progress_artifact(progress=share, key=key(self._name, "progress"), description=about)
+        else:
+            update_progress_artifact(artifact_id=self._bar, progress=share)

@@ -16,7 +16,7 @@ def evaluate(run: Run) -> str:
         for site, row in found["sites"].items()
         for arm, value in row["own"].items()
     ]
-    header = ("site", "model", "site_and_model", "error", "low", "high")
+    header = ("site", "model", "site_and_model", "value", "low", "high")
     write_csv(run.folder / "plots" / "sites.csv", header, rows)
     federated = found["global"]["federated"]
     return f"federated {measure} {federated[measure]:.4g} {found['task']['metric_unit']} on {federated['n']:.0f} test rows"

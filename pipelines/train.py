@@ -11,12 +11,9 @@ def train(run: Run) -> str:
     """Runs all rounds from the first."""
     for report in pipeline.train(run, resume=False):
         print(f"round {report.round + 1} of {report.rounds}: {len(report.accepted)} sites", flush=True)
-    rows = [
-        (r["round"] + 1, r["validation"].get("mae", ""), r["validation"].get("rmse", ""), len(r["accepted"]), r["lr"])
-        for r in run.reports()
-    ]
-    header = ("round", "validation_mae", "validation_rmse", "sites", "learning_rate")
-    write_csv(run.folder / "plots" / "rounds.csv", header, rows)
+    metric = "rmse" if run.config().task.metric == "rmse" else "mae"  # of the probability, for a binary task
+    rows = [(r["round"] + 1, r["validation"].get(metric, ""), len(r["accepted"]), r["lr"]) for r in run.reports()]
+    write_csv(run.folder / "plots" / "rounds.csv", ("round", "validation", "sites", "learning_rate"), rows)
     return f"model {files.sha256_file(run.folder / MODEL)}"
 
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SITE = "mill"
 DOI, ROUTE = "canary-doi-5e1f9b", "canary-route-91c3d7"
 BAD_CELL, BAD_FORMULA, NO_TARGET = "canary-badcell-77aa01", "Qq7canaryformula", "canary-notarget-31bb"
+WORDS = (DOI, ROUTE, BAD_CELL, BAD_FORMULA, NO_TARGET)
 OUT_OF_RANGE = 987654.3217
 # Hottest and hardest, coldest and softest of the site: an extreme is what sums, ranges and axis limits would give away.
 PLANTED = [
@@ -79,10 +80,10 @@ class World:
         return self.root / "home" / "sites" / SITE
 
     def outside(self) -> Iterator[Path]:
-        """Every file that is not in a site's own folder or its raw data."""
+        """Every file that is neither in a site's folder, nor in its own DVC remote, nor its raw data."""
+        own = (self.root / "home" / "sites", self.root / "home" / "remotes", self.root / "c")
         for path in sorted(self.root.rglob("*")):
-            inside = path.is_relative_to(self.root / "home" / "sites") or path.is_relative_to(self.root / "c")
-            if path.is_file() and not path.is_symlink() and not inside:
+            if path.is_file() and not path.is_symlink() and not any(path.is_relative_to(o) for o in own):
                 yield path
 
 
@@ -161,16 +162,21 @@ def messages(consortium: Path, root: Path) -> None:
 
 
 def texts() -> dict[str, bytes]:
-    """Planted text, and planted numbers as programs print them: in full, or to six digits."""
-    found = {w: w.encode() for w in (DOI, ROUTE, BAD_CELL, BAD_FORMULA, NO_TARGET)}
-    for formula, celsius, hardness in PLANTED:
-        found[formula] = formula.encode()
+    """Planted text."""
+    words = [*WORDS]
+    for formula, *_ in PLANTED:
+        copper, iron = formula.removeprefix("Cu").split("Fe")
+        words += [formula, f"Fe{float(iron):g}Cu{float(copper):g}"]  # as the site wrote it, as the contract writes it
+    return {word: word.encode() for word in words}
+
+
+def printed() -> dict[bytes, float]:
+    """Planted numbers as programs print them: the first ten characters in full, and rounded to six digits."""
+    found: dict[bytes, float] = {b"987654.321": OUT_OF_RANGE, b"9.87654321": OUT_OF_RANGE, b"987928.471": OUT_OF_RANGE}
+    for _, celsius, hardness in PLANTED:
         for number in (celsius, celsius + 273.15, hardness, 1000.0 / (celsius + 273.15)):
-            found[f"{number!r} in full"] = f"{abs(number):.9e}"[:10].encode()  # d.dddddddd, as in scientific notation
-            found[f"{number!r}, plainly"] = f"{abs(number):.11g}"[:10].encode()
-            for end in b'," <)]}\n':
-                found[f"{number!r} rounded, {end}"] = f"{abs(number):.6g}".encode() + bytes([end])
-    found["out of range"] = b"987654.3"
+            found |= {f"{abs(number):{form}}"[:10].encode(): number for form in (".11g", ".11e", ".6g")}
+            found[f"{abs(number):.5e}"[:7].encode()] = number
     return found
 
 
@@ -250,19 +256,36 @@ def contents(path: Path) -> Iterator[bytes]:
         yield base64.b64decode(coded + b"=" * (-len(coded) % 4))
 
 
-def found_in(paths: Iterator[Path], needles: dict[str, bytes]) -> dict[str, set[str]]:
+def found_in(paths: Iterable[Path], needles: Mapping[str, bytes]) -> dict[str, set[str]]:
     """Returns where each needle was found; text is compared without regard to case."""
     hits: dict[str, set[str]] = {}
+    folded = {name: needle.lower() for name, needle in needles.items()} if ascii_only(needles) else None
     for path in paths:
         for content in contents(path):
-            hay = content.lower() if all(b < 128 for n in needles.values() for b in n) else content
-            for name, needle in needles.items():
-                if (needle.lower() if hay is not content else needle) in hay:
+            hay = content.lower() if folded else content
+            for name, needle in (folded or needles).items():
+                if needle in hay:
                     hits.setdefault(name, set()).add(str(path))
     return hits
 
 
-def coded(words: dict[str, bytes]) -> dict[str, bytes]:
+def ascii_only(needles: Mapping[str, bytes]) -> bool:
+    return all(max(needle) < 128 for needle in needles.values())
+
+
+def numbers_in(paths: Iterable[Path]) -> dict[float, set[str]]:
+    """Returns where each planted number was found printed, in full or rounded."""
+    wanted = printed()
+    hits: dict[float, set[str]] = {}
+    for path in paths:
+        for content in contents(path):
+            for token in set(re.findall(rb"\d+\.\d{2,}", content)):
+                if (number := wanted.get(token[:10])) is not None:
+                    hits.setdefault(number, set()).add(str(path))
+    return hits
+
+
+def coded(words: Mapping[str, bytes]) -> dict[str, bytes]:
     return {f"{name} as {code!r}": code for name, word in words.items() for code in encodings(word)}
 
 
@@ -287,6 +310,7 @@ def test_the_run_went_every_road(world: World) -> None:
 
 def test_no_text_and_no_printed_number_of_a_record_is_outside_its_site(world: World) -> None:
     assert found_in(world.outside(), coded(texts())) == {}
+    assert numbers_in(world.outside()) == {}
 
 
 def test_no_binary_number_of_a_record_is_outside_its_site(world: World) -> None:
@@ -299,7 +323,7 @@ def test_no_standardised_record_is_in_the_run_or_in_a_message(world: World) -> N
     assert found_in(world.outside(), pairs) == {}
     reproducible = [p for p in world.outside() if p.suffix == ".safetensors" or "messages" in p.parts]
     assert reproducible
-    assert found_in(iter(reproducible), needles) == {}
+    assert found_in(reproducible, needles) == {}
 
 
 def test_no_record_identifier_is_outside_its_site(world: World) -> None:
@@ -310,11 +334,10 @@ def test_no_record_identifier_is_outside_its_site(world: World) -> None:
 
 def test_the_same_search_finds_the_canaries_inside(world: World) -> None:
     inside = [p for p in sorted(world.site.rglob("*")) if p.is_file() and not p.is_symlink()]
-    words = texts()
-    found = found_in(iter(inside), words)
-    for word in (DOI, ROUTE, BAD_CELL, BAD_FORMULA, NO_TARGET, "out of range"):
-        assert word in found, word
-    assert len(found_in(iter(inside), doubles(world))) >= 2 * len(PLANTED)
+    assert set(found_in(inside, texts())) >= set(WORDS)
+    assert set(found_in([*inside, world.root / "c" / SITE / "lab.csv"], texts())) == set(texts())
+    assert set(numbers_in(inside)) >= {OUT_OF_RANGE, *(hardness for *_, hardness in PLANTED)}
+    assert len(found_in(inside, doubles(world))) >= 2 * len(PLANTED)
 
 
 @pytest.mark.parametrize("shift", range(5))
@@ -332,11 +355,11 @@ def test_the_search_knows_every_encoding(tmp_path: Path, shift: int) -> None:
     ):
         path = tmp_path / f"hidden-{number}"
         path.write_bytes(hidden)
-        assert found_in(iter([path]), coded({DOI: DOI.encode()})), f"encoding {number}"
+        assert found_in([path], coded({DOI: DOI.encode()})), f"encoding {number}"
     page = tmp_path / "page.html"
     page.write_bytes(b"<img src='data:image/svg+xml;base64," + base64.b64encode(word) + b"'>")
-    assert found_in(iter([page]), coded({DOI: DOI.encode()}))
+    assert found_in([page], coded({DOI: DOI.encode()}))
     with sqlite3.connect(tmp_path / "some.db") as database:
         database.execute("create table t (x text)")
         database.execute("insert into t values (?)", ("y" * 4070 + DOI,))
-    assert found_in(iter([tmp_path / "some.db"]), {DOI: DOI.encode()})
+    assert found_in([tmp_path / "some.db"], {DOI: DOI.encode()})

@@ -162,3 +162,41 @@ def test_the_layers_in_the_architecture_are_those_that_are_enforced() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text().split("## Layers")[1].split("\n## ")[0]
     stated = [set(re.findall(r"`(\w+)`", row.split("|")[2])) for row in re.findall(r"^\|.*\|$", text, re.MULTILINE)[3:]]
     assert stated == [row for row in enforced if row]
+
+
+def test_the_contract_as_documented_is_the_contract() -> None:
+    from fedmat.data.contract import RECORD_TYPES
+
+    text = (ROOT / "docs" / "bring-your-own-data.md").read_text()
+    for rt in RECORD_TYPES.values():
+        part = text.split(f"### {rt.name}\n")[1].split("\n#")[0]
+        rows = [[c.strip() for c in row.strip("|").split("|")] for row in re.findall(r"^\| `.*\|$", part, re.MULTILINE)]
+        assert [row[0].strip("`") for row in rows] == [f.name for f in rt.fields]
+        for row, field in zip(rows, rt.fields, strict=True):
+            unit = (field.unit or "none") if field.kind == "number" else ""
+            limits = (
+                f"{field.low:g} to {field.high:g}" if field.low is not None else ", ".join(c for c in field.categories if c)
+            )
+            need = "yes" if field.required else "if it is the target" if field.measured else "no"
+            assert row[1:] == [field.kind, unit, limits, need, field.about], field.name
+        assert all(f"`{name}`" in part.split("| Field")[0] for name in rt.group)
+
+
+@pytest.mark.parametrize("kind", ["SiteConfig", "ConsortiumConfig"])
+def test_the_settings_files_that_are_shown_are_valid(kind: str) -> None:
+    import yaml
+
+    from fedmat import config
+
+    text = (ROOT / "docs" / "bring-your-own-data.md").read_text()
+    shown = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    mine = next(s for s in shown if ("sources" in s) == (kind == "SiteConfig"))
+    getattr(config, kind).model_validate(mine)
+
+
+def test_the_adapters_as_documented_are_those_there_are() -> None:
+    from fedmat.data.adapters import ADAPTERS
+
+    part = (ROOT / "docs" / "bring-your-own-data.md").read_text().split("| Adapter |")[1].split("\n\n")[0]
+    rows = {r[0]: set(re.findall(r"`(\w+)`", r[1])) for r in re.findall(r"^\| `(\w+)` \|[^|]*\|(.*)\|$", part, re.MULTILINE)}
+    assert rows == {name: set(kind.OPTIONS or ()) for name, kind in ADAPTERS.items()}

@@ -23,7 +23,7 @@ from fedmat.errors import ConfigError
 TO_CONFIRM = "?"
 _SURE = 0.62
 _BRACKETS = re.compile(r"^(.*?)\s*[\[(]([^\[\]()]+)[\])]\s*$")
-_AFTER = re.compile(r"^(.+?)(?:\s+/\s*|\s+in\s+|,\s+)(\S+)\s*$")
+_AFTER = re.compile(r"^(.+?)(?:\s+/\s*(?=\S)|\s+in\s+(?=\S+\s*$)|,\s+(?=\S+\s*$))(.+?)\s*$")
 _CASE = {"kj": "kJ", "j": "J", "wh": "Wh", "mwh": "mWh", "s": "S", "ms": "mS", "us": "uS", "mpa": "MPa", "gpa": "GPa", "k": "K",
          "kelvin": "K", "celsius": "degC", "pct": "percent", "mol": "mol", "hr": "hour"}  # fmt: skip
 

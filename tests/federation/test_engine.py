@@ -51,8 +51,9 @@ class EngineContract(abc.ABC):
     """What every engine does."""
 
     @pytest.fixture(scope="class")
+    @classmethod
     @abc.abstractmethod
-    def engine(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]: ...
+    def engine(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]: ...
 
     def test_deliveries_come_in_the_order_asked(self, engine: Engine) -> None:
         request = AttestRequest(Plan.of(config()).sha256)
@@ -80,14 +81,16 @@ class EngineContract(abc.ABC):
 
 class TestInProcess(EngineContract):
     @pytest.fixture(scope="class")
-    def engine(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    @classmethod
+    def engine(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         with InProcessEngine(handlers(config(), tmp_path_factory.mktemp("sites"))) as engine:
             yield engine
 
 
 class TestProcess(EngineContract):
     @pytest.fixture(scope="class")
-    def engine(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    @classmethod
+    def engine(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         with ProcessEngine({s: (honest, (s, tmp_path_factory.mktemp(s))) for s in config().roster}) as engine:
             yield engine
 

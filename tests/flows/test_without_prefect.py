@@ -88,6 +88,7 @@ print(outcome.orchestrator.name, outcome.model_sha256, outcome.orchestrator.why)
 """
 
 
+@pytest.mark.slow  # a process of its own that imports everything again
 def test_a_prefect_that_cannot_be_imported_does_not_stop_a_run(
     bare: tuple[Outcome, list[Event]], tmp_path: Path, project: Path
 ) -> None:
