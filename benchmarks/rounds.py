@@ -80,7 +80,9 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
     return {
         "start_s": round(marks[0] - started + max(0.0, (marks[1] - marks[0]) - whole), 3),
         "round_s": round(whole, 4),
-        "beyond_training_s_per_round": None if overhead is None else round(overhead + whole - np.mean([r.seconds for r in reports[1:]]), 4),
+        "beyond_training_s_per_round": None
+        if overhead is None
+        else round(overhead + whole - np.mean([r.seconds for r in reports[1:]]), 4),
         "bytes_per_site_and_round": {"down": reports[0].bytes_down["ash"], "up": reports[0].bytes_up["ash"]},
         "model_sha256": reports[-1].model_sha256,
     }

@@ -234,25 +234,36 @@ def train(run: Run, *, resume: bool = True) -> Iterator[RoundReport]:
 
 
 def baselines(run: Run, progress: Callable[[str], None] | None = None) -> None:
-    """Trains what the global model is compared with: local-only, fine-tuned and, if simulated, pooled models."""
+    """Trains what the global model is compared with: local-only, fine-tuned and, if simulated, pooled models.
+
+    Models that were trained for this very global model, and whose files are whole, are not trained again.
+    """
     from fedmat import baselines as arms
 
     plan, folder = run.plan(), run.folder
     model = wire.load_model(folder / MODEL)
+    digest = files.sha256_file(folder / MODEL)
+    made = folder / "arms" / "made-for.json"
+    if _whole(made, digest):
+        return
     say = progress or (lambda _: None)
-    out: list[Baseline] = []
+    written: dict[str, str] = {}
+
+    def keep(name: str, data: bytes) -> None:
+        files.write_atomic(made.with_name(name), data)
+        written[name] = files.sha256(data)
+
     with _timed_note(folder, "baselines"):
         with open_engine(run) as engine:
             say("local-only and fine-tuned models")
             for pair in arms.own_models(engine, plan, model, _asked(folder)).values():
-                out += pair
-        for baseline in out:
-            name = f"{baseline.arm}-{baseline.site}"
-            files.write_atomic(folder / "arms" / f"{name}.safetensors", wire.encode(baseline))
+                for baseline in pair:
+                    keep(f"{baseline.arm}-{baseline.site}.safetensors", wire.encode(baseline))
         if plan.simulated:
             say("pooled model")
             arm = arms.pooled(plan, {s: _table(run, s) for s in _asked(folder)})
-            wire.save_model(GlobalModel(arm.weights, arm.scaler, {"arm": "pooled"}), folder / "arms" / "pooled.safetensors")
+            keep("pooled.safetensors", wire.encode(GlobalModel(arm.weights, arm.scaler, {"arm": "pooled"})))
+    files.write_json(made, {"model_sha256": digest, "files": written})
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -310,6 +321,15 @@ def _table(run: Run, site: str) -> FeatureTable:
 
 def _asked(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(files.read_json(folder / "attestations.json")["attestations"]))
+
+
+def _whole(made: Path, model_sha256: str) -> bool:
+    """Tells whether all models listed in ``made`` belong to this global model and are as they were written."""
+    if not made.exists():
+        return False
+    known = files.read_json(made)
+    paths = {made.with_name(name): sha256 for name, sha256 in known["files"].items()}
+    return known["model_sha256"] == model_sha256 and all(p.exists() and files.sha256_file(p) == d for p, d in paths.items())
 
 
 def _trained_arms(folder: Path, simulated: bool) -> tuple[list[Baseline], list[Arm]]:

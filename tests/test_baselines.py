@@ -89,7 +89,15 @@ def test_fine_tuning_never_loses_to_the_global_model_on_the_sites_own_validation
 
 
 def test_a_binary_task_runs_from_end_to_end(tmp_path: Path) -> None:
-    task = {"name": "hard", "record_type": "alloy", "target": "hardness_hv", "unit": "", "kind": "binary", "threshold": 2.0, "metric": "auc"}
+    task = {
+        "name": "hard",
+        "record_type": "alloy",
+        "target": "hardness_hv",
+        "unit": "",
+        "kind": "binary",
+        "threshold": 2.0,
+        "metric": "auc",
+    }
     settings = config(task=task, rounds=25)
     reports, model = run(settings, tmp_path)
     engine = InProcessEngine(handlers(settings, tmp_path))

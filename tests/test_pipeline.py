@@ -63,6 +63,19 @@ def test_the_same_plan_and_data_again_are_the_same_run_and_cost_nothing(finished
     assert files.sha256_file(run.folder / "model.safetensors") == metrics["model"]["sha256"]
 
 
+def test_finished_baselines_are_kept_and_a_damaged_one_is_trained_again(finished) -> None:  # type: ignore[no-untyped-def]
+    run, _ = finished
+    path = run.folder / "arms" / "local-mill.safetensors"
+    data = path.read_bytes()
+    said: list[str] = []
+    pipeline.baselines(run, said.append)
+    assert said == []
+    path.write_bytes(data[:-1])
+    pipeline.baselines(run, said.append)
+    assert said
+    assert path.read_bytes() == data
+
+
 def test_another_home_gives_the_same_bytes(finished, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     run, metrics = finished
     other = whole(pipeline.open_run(run.consortium_file, home=tmp_path / "elsewhere"))
@@ -127,7 +140,8 @@ def test_a_consortium_of_real_companies_has_no_pooled_model_and_shares_no_local_
     for row in metrics["sites"].values():
         assert set(row["own"]) == {"local", "federated", "finetuned"}
         assert row["global"] == {}
-    arms = sorted(p.name for p in (run.folder / "arms").iterdir())
+    arms = sorted(p.name for p in (run.folder / "arms").glob("*.safetensors"))
+    assert len(arms) == 6
     assert all((run.folder / "arms" / a).stat().st_size < 12_000 for a in arms), "weights of a local model left its site"
 
 
