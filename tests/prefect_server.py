@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from leaks import unwrapped
 
 from flows.services import Child, _drain, prefect_home
 
@@ -22,15 +23,12 @@ class Server:
         """Makes this the server that the environment names, as ``PREFECT_API_URL`` does for a new process."""
         from prefect.settings import temporary_settings
 
-        with temporary_settings({"api.url": f"{self.url}/api"}):
+        with temporary_settings({"home": prefect_home(self.home), "api.url": f"{self.url}/api"}):
             try:
                 yield
             finally:
                 _drain()
 
     def everything(self) -> bytes:
-        """The database as SQL text, and all files of its home as they are."""
-        place = prefect_home(self.home)
-        with sqlite3.connect(f"file:{place / 'prefect.db'}?mode=ro", uri=True) as database:
-            text = "\n".join(database.iterdump())
-        return text.encode() + b"".join(p.read_bytes() for p in sorted(place.rglob("*")) if p.is_file())
+        """All files of its home, databases and pickles unwrapped."""
+        return unwrapped(iter(sorted(prefect_home(self.home).rglob("*"))))

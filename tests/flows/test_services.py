@@ -19,7 +19,7 @@ import small
 
 from flows import run_all
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 SERVE = """
 import sys
@@ -125,6 +125,7 @@ def test_a_scheduled_round_happens_and_everything_stops_with_the_server(tmp_path
     assert model == (bare.run.folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_the_pages_open_and_both_servers_stop_with_the_command(tmp_path: Path, sign: signal.Signals) -> None:
     with started(UI, str(tmp_path / "home"), f"sqlite:///{tmp_path}/mlruns/mlflow.db") as process:
