@@ -167,9 +167,9 @@ def test_the_layers_in_the_architecture_are_those_that_are_enforced() -> None:
 def test_the_contract_as_documented_is_the_contract() -> None:
     from fedmat.data.contract import RECORD_TYPES
 
-    text = (ROOT / "docs" / "bring-your-own-data.md").read_text()
+    text = (ROOT / "docs" / "contract.md").read_text()
     for rt in RECORD_TYPES.values():
-        part = text.split(f"### {rt.name}\n")[1].split("\n#")[0]
+        part = text.split(f"## {rt.name}\n")[1].split("\n#")[0]
         rows = [[c.strip() for c in row.strip("|").split("|")] for row in re.findall(r"^\| `.*\|$", part, re.MULTILINE)]
         assert [row[0].strip("`") for row in rows] == [f.name for f in rt.fields]
         for row, field in zip(rows, rt.fields, strict=True):
@@ -197,6 +197,6 @@ def test_the_settings_files_that_are_shown_are_valid(kind: str) -> None:
 def test_the_adapters_as_documented_are_those_there_are() -> None:
     from fedmat.data.adapters import ADAPTERS
 
-    part = (ROOT / "docs" / "bring-your-own-data.md").read_text().split("| Adapter |")[1].split("\n\n")[0]
-    rows = {r[0]: set(re.findall(r"`(\w+)`", r[1])) for r in re.findall(r"^\| `(\w+)` \|[^|]*\|(.*)\|$", part, re.MULTILINE)}
+    part = (ROOT / "docs" / "bring-your-own-data.md").read_text().split("| adapter |")[1].split("\n\n")[0]
+    rows = {r[0]: set(re.findall(r"`(\w+)`", r[1])) for r in re.findall(r"^\| `(\w+)` \|([^|]*)\|[^|]*\|$", part, re.MULTILINE)}
     assert rows == {name: set(kind.OPTIONS or ()) for name, kind in ADAPTERS.items()}
