@@ -6,6 +6,7 @@ Knows: raw tables under the source's own column names. Refuses to know: fields a
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,8 @@ from fedmat.errors import ConfigError, DataError
 
 ROW = "__row__"  # 1-based data row in the source
 PROBLEM = "__problem__"  # reason code a reader gives to a row it could not read
+
+_LOG = logging.getLogger(__name__)
 
 
 def require_columns(frame: pd.DataFrame, wanted: Iterable[tuple[str, str]], where: str) -> None:
@@ -97,6 +100,12 @@ def _select(frame: pd.DataFrame, source: Source, table: pd.DataFrame, where: str
             fix="check select.left and select.right, narrow select.where, or restore the file the table was made for",
         )
     position = {key: i for i, key in enumerate(keys)}
+    repeated = sum(key in position for key in own) - len(keys)
+    if repeated:
+        _LOG.warning(
+            "%s: %d more rows than keys are selected, because values of '%s' repeat in the source; "
+            "where each key should name one row, key by 'row'", where, repeated, select.left
+        )  # fmt: skip
     at = [position.get(key, -1) for key in own]
     kept = frame.loc[[a >= 0 for a in at]].reset_index(drop=True)
     chosen = table.iloc[[a for a in at if a >= 0]]
