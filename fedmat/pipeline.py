@@ -21,7 +21,7 @@ from fedmat import files, wire
 from fedmat._version import __version__
 from fedmat.config import ConsortiumConfig, SiteConfig, load_consortium, load_site
 from fedmat.domain import Baseline, Evaluation, GlobalModel, RoundReport
-from fedmat.errors import ConfigError, NotEvidenced
+from fedmat.errors import ConfigError, DataError, NotEvidenced, SiteRefused, StateError
 from fedmat.federation.plan import Plan
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fedmat.federation.engine import Engine, Handler
     from fedmat.lineage import Registered
 
+REFUSED = "refused.json"  # in a site's folder: why its data take no part in this run
 MODEL, PLAN, METRICS, EVALUATIONS, TIMINGS = (
     "model.safetensors", "plan.json", "metrics.json", "evaluations.json", "timings.json",
 )  # fmt: skip
@@ -107,7 +108,8 @@ class Run:
         return self.home / "runs" / (self.run_id or self._name())
 
     def _name(self) -> str:
-        data = {s: files.read_json(self.site_folder(s) / "manifest.json")["sha256"] for s in self.sites}
+        there = [s for s in self.sites if not (self.site_folder(s) / REFUSED).exists()]
+        data = {s: files.read_json(self.site_folder(s) / "manifest.json")["sha256"] for s in there}
         return files.sha256(files.canonical_json({"plan": self.plan().sha256, "data": data}))[:12]
 
     def reports(self) -> list[dict[str, Any]]:
@@ -155,10 +157,16 @@ def prepare_site(run: Run, site: str) -> Snapshot:
 
     config = run.config()
     settings, path = run.site_config(site)
-    with _timed(run.site_folder(site) / "prepare-seconds.json"):
-        return records.prepare(
-            settings, path.parent, run.site_folder(site), target=config.task.target, admission=config.admission
-        )
+    folder = run.site_folder(site)
+    refused = folder / REFUSED
+    try:
+        with _timed(folder / "prepare-seconds.json"):
+            snapshot = records.prepare(settings, path.parent, folder, target=config.task.target, admission=config.admission)
+    except DataError as error:  # an earlier good version stays, and takes no part while the newer data are refused
+        files.write_json(refused, {"what": error.what, "fix": error.fix})
+        raise
+    refused.unlink(missing_ok=True)
+    return snapshot
 
 
 def version_site(run: Run, site: str, now: datetime) -> Version:
@@ -181,6 +189,8 @@ def build_handler(consortium_file: Path, home: Path, rounds: int | None, site: s
 
     run = Run(consortium_file, home, None, rounds)
     folder = run.site_folder(site)
+    if (folder / REFUSED).exists():
+        raise SiteRefused(f"site {site}: its data were refused when they were prepared", fix="see fedmat site check")
     manifest = files.read_json(folder / "manifest.json")
     return SiteWorker(site, run.plan(), _table(run, site), manifest, folder).handle
 
@@ -195,7 +205,7 @@ def open_engine(run: Run) -> Iterator[Engine]:
     if run.plan().settings.isolation == "process":
         engine = ProcessEngine({s: (build_handler, a) for s, a in arguments.items()})
     else:
-        engine = InProcessEngine({s: build_handler(*a) for s, a in arguments.items()})
+        engine = InProcessEngine({s: _handler_or_refusal(*a) for s, a in arguments.items()})
     with engine:
         yield engine
 
@@ -309,6 +319,19 @@ def publish(run: Run, tracking_uri: str | None = None) -> Registered:
 # --- inside --------------------------------------------------------------------------------------------------------
 
 
+def _handler_or_refusal(consortium_file: Path, home: Path, rounds: int | None, site: str) -> Handler:
+    """A site that cannot take part answers every request with its reason; the coordinator decides what that means."""
+    try:
+        return build_handler(consortium_file, home, rounds, site)
+    except (DataError, StateError) as error:
+        trouble = error
+
+    def refuse(_: bytes) -> bytes:
+        raise trouble
+
+    return refuse
+
+
 def _table(run: Run, site: str) -> FeatureTable:
     from fedmat.data.contract import record_type
     from fedmat.features import dataset, registry
@@ -417,6 +440,10 @@ def _metrics(run: Run, evaluations: list[Evaluation]) -> dict[str, Any]:
         },
         "rounds": {"count": plan.settings.rounds, "completed": len(rows)},
         "exclusions": [
+            {"round": -1, **{k: f[k] for k in ("site", "kind", "reason", "detail")}}
+            for f in files.read_json(folder / "attestations.json")["failures"]
+        ]
+        + [
             {"round": r["round"], "site": x["site"], "kind": kind_, "reason": x["reason"], "detail": x["detail"]}
             for r in rows
             for kind_, found in (("dropout", r["dropouts"]), ("rejection", r["rejections"]))

@@ -73,7 +73,7 @@ def _content(e: Evidence) -> dict[str, Any]:
         "metric": m["task"]["metric"].upper() if m else "",
         "sites": sites,
         "attested": attested,
-        "absent": [s for s in roster if s not in sites] if m else [],
+        "absent": [s for s in roster if s not in sites and s not in {x["site"] for x in m["exclusions"]}] if m else [],
         "reasons": reasons,
         "exclusions": m["exclusions"] if m else [],
         "setup_bytes": _setup_bytes(e.folder),

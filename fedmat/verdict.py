@@ -97,9 +97,15 @@ def verdict(metrics: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     for kind, words in heads.items():
         if told[kind]:
             out.append((f"{_count(len(told[kind])).capitalize()} of {_count(len(sites))} sites: {words}.", told[kind]))
-    left = sorted({x["site"] for x in metrics["exclusions"]})
+    out += [
+        (f"{x['site']} took no part in this run ({x['reason']}): {x['detail']}.", [])
+        for x in metrics["exclusions"]
+        if x["round"] < 0
+    ]
+    in_rounds = [x for x in metrics["exclusions"] if x["round"] >= 0]
+    left = sorted({x["site"] for x in in_rounds})
     if left:
-        n = len(metrics["exclusions"])
+        n = len(in_rounds)
         was = "s were" if n > 1 else " was"
         out.append(
             (f"{_count(n).capitalize()} answer{was} left out of a round ({', '.join(left)}); the reasons are below.", [])

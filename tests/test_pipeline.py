@@ -14,7 +14,7 @@ import pytest
 import small
 
 from fedmat import files, pipeline
-from fedmat.errors import ConfigError, NotEvidenced, StateError
+from fedmat.errors import ConfigError, NotEvidenced, SiteRefused, StateError
 from fedmat.pipeline import Run
 
 
@@ -158,6 +158,29 @@ def test_a_run_named_by_its_data_needs_prepared_sites(tmp_path: Path) -> None:
     run = pipeline.open_run(small.build(tmp_path / "c"), home=tmp_path / "home")
     with pytest.raises(StateError, match=r"manifest\.json: no such file"):
         _ = run.folder
+
+
+def test_a_refused_site_takes_no_part_and_the_run_goes_on_and_says_so(finished, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    path = small.build(tmp_path / "c", rounds=2)
+    run = pipeline.open_run(path, home=tmp_path / "home")
+    lab = tmp_path / "c/mill/lab.csv"
+    good = lab.read_text()
+    pipeline.prepare_site(run, "mill")  # an earlier good version exists, and must not be used in place of refused data
+    lab.write_text(good.replace("Cu", "Qq"))
+    for site in ("forge", "foundry"):
+        pipeline.prepare_site(run, site)
+    with pytest.raises(SiteRefused, match="mill"):
+        pipeline.prepare_site(run, "mill")
+    reports = list(pipeline.train(run))
+    assert reports[-1].accepted == ("forge", "foundry")
+    pipeline.baselines(run)
+    metrics = pipeline.evaluate(run)
+    assert set(metrics["sites"]) == {"forge", "foundry"}
+    assert [(x["site"], x["round"], x["reason"]) for x in metrics["exclusions"]] == [("mill", -1, "refused")]
+    assert "mill took no part in this run" in pipeline.report(run).read_text()
+    lab.write_text(good)
+    pipeline.prepare_site(run, "mill")
+    assert list(pipeline.train(run))[-1].accepted == ("forge", "foundry", "mill"), "mended data are another run"
 
 
 def test_a_site_file_of_another_name_or_record_type_is_refused(tmp_path: Path) -> None:

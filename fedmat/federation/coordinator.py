@@ -56,6 +56,7 @@ class Coordinator:
         self._initial = initial
         self._rule = LinearRule(plan.settings.server)
         self.attestations: dict[str, Attestation] = {}
+        self._failures: list[Dropout | Rejection] = []
 
     def run(self, engine: Engine) -> Iterator[RoundReport]:
         """Yields one report per round, going on from the last checkpoint when there is one.
@@ -90,6 +91,7 @@ class Coordinator:
         request = AttestRequest(self.plan.sha256)
         deliveries = engine.broadcast(request, self.plan.roster, self.plan.settings.deadline_s)
         good = {d.site: d.answer for d in deliveries if isinstance(d.answer, Attestation) and d.answer.site == d.site}
+        self._failures = [_failure(d, "attested for another site") for d in deliveries if d.site not in good]
         self._need_quorum("attestation", good, deliveries)
         digests = {a.features_sha256 for a in good.values()}
         if len(digests) > 1:
@@ -109,14 +111,18 @@ class Coordinator:
             a = d.answer
             if isinstance(a, Statistics) and a.site == d.site and _sound(a, width, self.attestations[d.site].n_train):
                 good[d.site] = a
+        self._failures += [_failure(d, "sums that do not fit what it attested") for d in deliveries if d.site not in good]
         self._need_quorum("statistics", good, deliveries)
         scaler = federated_scaler([good[s] for s in sorted(good)], binary=self.plan.task.kind == "binary")
         weights = self._initial(int(scaler.active.sum()))
         control = wts.zeros_like(weights) if self.plan.settings.algorithm == "scaffold" else {}
         state = Checkpoint(self.plan.sha256, self._attested(), 0, weights, control, scaler, {})
         total = {d.site: d.bytes_down + d.bytes_up + setup_bytes.get(d.site, 0) for d in deliveries}
-        setup = {"attestations": wire.plain(self.attestations), "setup_bytes": total,
-                 "failures": [wire.plain(d.answer) for d in deliveries if isinstance(d.answer, Dropout | Rejection)]}  # fmt: skip
+        setup = {
+            "attestations": wire.plain(self.attestations),
+            "setup_bytes": total,
+            "failures": [{"kind": type(f).__name__.lower(), **wire.plain(f)} for f in self._failures],
+        }
         files.write_json(self.folder / SETUP, setup)
         files.write_atomic(self.folder / CHECKPOINT, wire.encode(state))
         return state
@@ -284,6 +290,12 @@ class Coordinator:
         lines = path.read_bytes().splitlines(keepends=True)
         if len(lines) > number:
             files.write_atomic(path, b"".join(lines[:number]))
+
+
+def _failure(delivery: Delivery, otherwise: str) -> Dropout | Rejection:
+    if isinstance(delivery.answer, Dropout | Rejection):
+        return delivery.answer
+    return Rejection(delivery.site, "malformed", otherwise)
 
 
 def _sound(s: Statistics, width: int, rows: int) -> bool:
