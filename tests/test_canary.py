@@ -149,6 +149,8 @@ def messages(consortium: Path, root: Path) -> None:
 
     run = pipeline.open_run(consortium, home=root / "home", run_id="recorded")
     plan = run.plan()
+    # the last thing this site did was to have worse data refused; its messages are made from the good version before
+    (run.site_folder(SITE) / pipeline.REFUSED).unlink(missing_ok=True)
     handlers = {s: pipeline.build_handler(run.consortium_file, run.home, run.rounds, s) for s in run.sites}
     with Recorder(handlers, root / "messages") as engine:
         coordinator = Coordinator(plan, lambda n: mlp.initial_weights(plan.model, n, plan.settings.seed), root / "messages")
