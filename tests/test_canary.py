@@ -63,7 +63,8 @@ print(outcome.run.run_id, outcome.registered, outcome.metrics())
 lab = root / "c/mill/lab.csv"
 lab.write_text(lab.read_text() + "canary-badcell-77aa01,25,canary-badcell-77aa01,canary-doi-5e1f9b,canary-route-91c3d7\\n" * 90)
 try:
-    run_all(root / "c/consortium.yaml", **given)
+    again = run_all(root / "c/consortium.yaml", **given)
+    print("REFUSED", again.metrics()["exclusions"])
 except FedmatError as error:
     logging.exception("as expected")
     print("REFUSED", error)
