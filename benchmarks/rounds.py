@@ -36,7 +36,7 @@ def settings() -> ConsortiumConfig:
             "simulated": True,
             "task": {"name": "bench", "record_type": "alloy", "target": "hardness_hv", "unit": ""},
             "features": ["composition"],
-            "plan": {"rounds": ROUNDS, "local": {"steps": 40}},
+            "plan": {"rounds": ROUNDS, "local": {"steps": 40}, "deduplicate": False},
             "members": [{"site": s, "organisation": s, "file": "none"} for s in SITES],
         }
     )
@@ -51,7 +51,9 @@ def handler(site: str, folder: Path) -> Handler:
     x = rng.normal(size=(ROWS, WIDTH))
     split = (np.arange(ROWS) % 5).clip(0, 2).astype(np.int8)
     names = tuple(f"f{i}" for i in range(WIDTH))
-    table = FeatureTable(names, x, x[:, 0] + 0.1 * rng.normal(size=ROWS), np.arange(ROWS), split, "t", "f")
+    y = (x[:, 0] + 0.1 * rng.normal(size=ROWS))[:, None]
+    numbers, bound = np.arange(ROWS), np.zeros(y.shape, dtype=np.int8)
+    table = FeatureTable(names, x, y, numbers, split, bound, numbers, sha256="t", features_sha256="f")
     return SiteWorker(site, Plan.of(settings()), table, {"sha256": site, "rejected": {}}, folder / site).handle
 
 
@@ -59,7 +61,7 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
     """Runs the consortium on one engine and returns what it cost."""
     from fedmat.federation.coordinator import Coordinator
     from fedmat.federation.plan import Plan
-    from fedmat.models import mlp
+    from fedmat.models.network import Architecture
 
     plan = Plan.of(settings())
     started = time.perf_counter()
@@ -68,7 +70,8 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
         engine = InProcessEngine({s: handler(s, folder) for s in SITES})
     else:
         engine = ProcessEngine({s: (handler, (s, folder)) for s in SITES})
-    lead = Coordinator(plan, lambda n: mlp.initial_weights(plan.model, n, plan.settings.seed), folder)
+    architecture = Architecture.of(plan.model, plan.tasks, plan.settings)
+    lead = Coordinator(plan, lambda n: architecture.initial_weights(n, plan.settings.seed), folder)
     folder.mkdir(parents=True, exist_ok=True)
     with engine:
         reports, marks = [], [time.perf_counter()]

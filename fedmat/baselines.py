@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
+
+import numpy as np
 
 from fedmat import weights as wts
 from fedmat.domain import (
@@ -19,6 +21,7 @@ from fedmat.domain import (
     EvaluateRequest,
     Evaluation,
     GlobalModel,
+    OwnArm,
     Rejection,
     Scaler,
 )
@@ -27,13 +30,15 @@ from fedmat.features.table import TRAIN, VALIDATION, FeatureTable, concatenate
 from fedmat.federation.engine import Engine
 from fedmat.federation.plan import Plan
 from fedmat.federation.scaling import column_sums, federated_scaler
-from fedmat.models import mlp
+from fedmat.models.laws import temperature_columns
+from fedmat.models.network import Architecture
 from fedmat.seeds import stream
-from fedmat.training import trainer
+from fedmat.training import folds, trainer
+from fedmat.training.trainer import Targets
 from fedmat.weights import Weights
 
 A = TypeVar("A", Baseline, Evaluation)
-_OWN: tuple[Literal["local", "finetuned"], ...] = ("local", "finetuned")
+OWN: tuple[OwnArm, ...] = ("local", "finetuned", "personal")  # personal last: it is made of the others
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,16 @@ class Arm:
 
 
 def pooled(plan: Plan, tables: Mapping[str, FeatureTable]) -> Arm:
+    """Returns the first of :func:`pooled_with_error`."""
+    return pooled_with_error(plan, tables)[0]
+
+
+def pooled_with_error(plan: Plan, tables: Mapping[str, FeatureTable]) -> tuple[Arm, float]:
     """Trains one model on all sites' rows together: the upper bound that federation gives up.
 
-    The same network, schedule and total number of optimiser steps as all sites of the federated run together; the
-    weights kept are those that score best on the union of the sites' validation groups.
+    Comes with its mean absolute error on held-out rows of the first task, in the transformed target's unit. The same network and schedule, trained once with
+    as many steps as one site takes and once with as many as all sites take together; the weights kept are those that score
+    best on held-out rows, of every member of an ensemble and of the two lengths.
 
     Raises:
         PlanRefused: the consortium is not declared simulated.
@@ -57,24 +68,38 @@ def pooled(plan: Plan, tables: Mapping[str, FeatureTable]) -> Arm:
     if not plan.simulated:
         raise PlanRefused("pooled training needs every site's records in one place", fix="only for 'simulated: true'")
     table = concatenate([tables[s] for s in sorted(tables)])
-    part, held = table.part(TRAIN), table.part(VALIDATION)
-    binary = plan.task.kind == "binary"
-    s = plan.settings
-    scaler = federated_scaler([column_sums("pooled", part.x, part.y)], binary=binary)
-    steps = s.local.steps * len(tables)
-    trained = trainer.train_best(
-        plan.model,
-        mlp.initial_weights(plan.model, int(scaler.active.sum()), s.seed),
-        (scaler.features(part.x), scaler.target(part.y)),
-        (scaler.features(held.x), scaler.target(held.y)),
-        s.local.model_copy(update={"mu": 0.0}),
-        kind=plan.task.kind,
-        rates=plan.rates(steps),
-        rng=stream(s.seed, "batches", "pooled"),
-        every=steps,
-        keep_start=False,
-    )
-    return Arm("pooled", trained.weights, scaler)
+    s, architecture = plan.settings, Architecture.of(plan.model, plan.tasks, plan.settings)
+    learning, train = table.part(TRAIN, VALIDATION), table.part(TRAIN)
+    drop = temperature_columns(table.names) if architecture.lawful else None
+    scaler = federated_scaler([column_sums("pooled", train.x, train.y)], binary=plan.task.kind == "binary", drop=drop)
+    if s.ensemble == 1:
+        fold, members = np.where(learning.split == VALIDATION, 0, -1), [0]
+    else:
+        fold = folds.assign(learning.component, s.ensemble, stream(s.seed, "folds", "pooled"))
+        members = list(range(s.ensemble))
+    numbers = np.arange(len(learning))
+    inputs = architecture.inputs(scaler, learning.names, learning.x, learning.graphs)
+    targets = Targets.of(scaler, learning.y, learning.bound)
+    found: list[tuple[float, Weights]] = []
+    for length in sorted({1, len(tables)}):
+        trained = trainer.train_best(
+            architecture,
+            architecture.initial_weights(int(scaler.active.sum()), s.seed),
+            inputs,
+            targets,
+            [numbers[fold != m] for m in members],
+            [numbers[fold == m] for m in members],
+            s.local.model_copy(update={"mu": 0.0}),
+            rates=plan.rates(length),
+            rng=stream(s.seed, "batches", "pooled", length),
+            every=s.local.steps * length,
+            keep_start=False,
+        )
+        output = architecture.forward(trained.weights, inputs)
+        guess = architecture.restore(scaler, folds.out_of_fold(output, fold))[:, 0]
+        found.append((float(np.nanmean(np.abs(guess - learning.y[:, 0]))), trained.weights))
+    error, weights = min(found, key=lambda pair: pair[0])
+    return Arm("pooled", weights, scaler), error
 
 
 def dummy(model: GlobalModel) -> Arm:
@@ -82,8 +107,10 @@ def dummy(model: GlobalModel) -> Arm:
     return Arm("dummy", wts.zeros_like(model.weights), model.scaler)
 
 
-def own_models(engine: Engine, plan: Plan, model: GlobalModel, sites: Sequence[str]) -> dict[str, list[Baseline]]:
-    """Asks every site for its local-only and its fine-tuned model; returns them by site.
+def own_models(
+    engine: Engine, plan: Plan, model: GlobalModel, sites: Sequence[str], arms: Sequence[OwnArm] = OWN
+) -> dict[str, list[Baseline]]:
+    """Asks every site for models of its own (by default: local-only, fine-tuned, personal); returns them by site.
 
     In a simulated consortium the weights come along, to be scored at other sites too; otherwise they stay.
 
@@ -91,17 +118,31 @@ def own_models(engine: Engine, plan: Plan, model: GlobalModel, sites: Sequence[s
         RoundFailed: a site did not answer (a comparison with a hole in it would mislead).
     """
     out: dict[str, list[Baseline]] = {site: [] for site in sites}
-    for arm in _OWN:
-        request = BaselineRequest(plan.sha256, arm, model.weights, model.scaler, plan.simulated)
+    for arm in arms:
+        share = plan.simulated and arm != "personal"
+        request = BaselineRequest(plan.sha256, arm, model.weights, model.scaler, share)
         patience = plan.settings.deadline_s * plan.settings.rounds
         for delivery in engine.broadcast(request, sites, patience):
             out[delivery.site].append(_expect(delivery, Baseline))
     return out
 
 
-def score(engine: Engine, plan: Plan, arm: Arm, sites: Sequence[str]) -> list[Evaluation]:
-    """Returns every site's sums for one arm on its own test groups; errors as in :func:`own_models`."""
-    request = EvaluateRequest(plan.sha256, arm.name, arm.weights, arm.scaler, "test")
+def score(
+    engine: Engine,
+    plan: Plan,
+    arm: Arm,
+    sites: Sequence[str],
+    *,
+    target: str = "",
+    radius: Mapping[str, float] | None = None,
+) -> list[Evaluation]:
+    """Returns every site's sums for one arm on its own test groups; errors as in :func:`own_models`.
+
+    Args:
+        target: the task to score; "" means the first.
+        radius: by site, half-width of the intervals whose coverage is counted.
+    """
+    request = EvaluateRequest(plan.sha256, arm.name, arm.weights, arm.scaler, "test", target, dict(radius or {}))
     return [_expect(d, Evaluation) for d in engine.broadcast(request, sites, plan.settings.deadline_s)]
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import fedmat.telemetry  # noqa: F401  before anything that would phone home
+from fedmat.cli_bench import bench
 from fedmat.cli_data import data_app, site_app
 from fedmat.commands import DEBUG, Group, Home, Json, Store
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(site_app, name="site")
 app.add_typer(data_app, name="data")
+app.command()(bench)
 
 Orchestrated = Annotated[
     Literal["auto", "prefect", "none"],

@@ -42,6 +42,9 @@ class Task(Settings):
     kind: Literal["regression", "binary"] = "regression"
     threshold: float | None = Field(None, description="binary: the class is target > threshold, in unit")
     metric: Literal["mae", "rmse", "auc"] = "mae"
+    law: Literal["none", "arrhenius", "vtf", "decreasing", "increasing"] = Field(
+        "none", description="how the target follows temperature; built into the network, so that no prediction breaks it"
+    )
 
     @model_validator(mode="after")
     def _kinds_agree(self) -> Task:
@@ -49,6 +52,10 @@ class Task(Settings):
             raise ValueError("kind: binary needs a threshold, and only a binary task has one")
         if (self.metric == "auc") != (self.kind == "binary"):
             raise ValueError("metric: auc belongs to kind: binary; a regression uses mae or rmse")
+        if self.law in ("arrhenius", "vtf") and self.transform != "log10":
+            raise ValueError(f"law: {self.law} is a law of the logarithm: use transform: log10")
+        if self.law != "none" and self.kind == "binary":
+            raise ValueError("a law of temperature belongs to a regression, not to kind: binary")
         return self
 
 
@@ -59,12 +66,26 @@ class FeatureSpec(Settings):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+class GraphSpec(Settings):
+    """A graph network in front of the property network."""
+
+    of: Literal["crystal", "molecule"]
+    field: str = Field("", description="the structure or SMILES field; by default the record type's first")
+    width: int = Field(64, ge=4, description="numbers a node carries")
+    layers: int = Field(3, ge=1)
+    convolution: Literal["cgcnn", "schnet"] = "cgcnn"
+
+
 class ModelSpec(Settings):
     """Shape of the property network."""
 
     hidden: tuple[int, ...] = (128, 128)
     activation: Literal["relu", "silu", "tanh"] = "silu"
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    graph: GraphSpec | None = None
+    task_balance: Literal["equal", "uncertainty"] = Field(
+        "equal", description="several tasks: equal weights, or learned ones (Kendall et al., CVPR 2018)"
+    )
 
 
 class ServerOptimizer(Settings):
@@ -86,6 +107,9 @@ class LocalTraining(Settings):
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     loss: Literal["mse", "l1", "huber"] = "huber"
+    bound_scale: float = Field(
+        0.2, gt=0, description="scale of the error in the likelihood of a bound (censored target), in standard deviations"
+    )
     mu: float = Field(0.0, ge=0, description="FedProx proximal strength (Li et al., MLSys 2020)")
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 5.0
 
@@ -97,6 +121,24 @@ class Schedule(Settings):
     warmup_rounds: int = Field(0, ge=0)
     final_factor: float = Field(0.02, gt=0, le=1)
     step_every: int = Field(30, ge=1)
+    final_steps_factor: float = Field(1.0, gt=0, description="local steps of the last round, as a factor of local.steps")
+
+
+class Personalization(Settings):
+    """What a site keeps for itself, in the rounds and after them."""
+
+    private: tuple[Literal["head", "norm"], ...] = Field(
+        (), description="parts each site trains for itself: the last layer (FedPer), scale and shift of the inputs (as FedBN)"
+    )
+    head_steps: int = Field(0, ge=0, description="FedRep: steps on the last layer alone before each round's steps on the rest")
+    finetune_steps: int = Field(200, ge=0, description="steps of fine-tuning the global model at the site")
+    finetune_lr_factor: float = Field(0.3, gt=0, description="of local.lr")
+    ditto: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="also train a site model tied to the global one by this proximal strength (Ditto)"
+    )
+    mix: Literal["stack", "best", "off"] = Field(
+        "stack", description="how a site joins its own and the shared models: weights found out of fold, one winner, or not"
+    )
 
 
 class PlanSettings(Settings):
@@ -104,6 +146,10 @@ class PlanSettings(Settings):
 
     algorithm: Literal["fedavg", "fedprox", "scaffold"] = "fedavg"
     rounds: int = Field(30, ge=1)
+    ensemble: int = Field(
+        1, ge=1, le=10, description="networks trained side by side, each without one fold of every site's groups; 1: one network"
+    )
+    average_last: int = Field(0, ge=0, description="the model is the mean of the weights after this many last rounds; 0: the last")
     server: ServerOptimizer = ServerOptimizer()
     local: LocalTraining = LocalTraining()
     schedule: Schedule = Schedule()
@@ -114,8 +160,11 @@ class PlanSettings(Settings):
     max_update_norm: float = Field(1e3, gt=0, description="larger updates are rejected")
     isolation: Literal["none", "process"] = Field("none", description="one process per site on the in-process engine")
     seed: int = Field(17, ge=0)
-    finetune_steps: int = Field(200, ge=0, description="local steps of the fine-tuned arm")
-    finetune_lr_factor: float = Field(0.3, gt=0)
+    personalization: Personalization = Personalization()
+    deduplicate: bool = Field(
+        True, description="find records that several sites hold, by keys under a secret of the members, and train on each once"
+    )
+    interval_level: float = Field(0.9, gt=0.5, lt=1, description="share of new materials that a prediction's interval covers")
 
 
 class Splits(Settings):
@@ -124,6 +173,18 @@ class Splits(Settings):
     test_fraction: float = Field(0.2, gt=0, lt=1, description="used where the source states no split of its own")
     validation_fraction: float = Field(0.15, gt=0, lt=1)
     seed: int = Field(7, ge=0)
+    keep_together: tuple[str, ...] = Field(
+        (),
+        exclude_if=lambda fields: not fields,  # a plan that does not use it is the plan it was
+        description="contract fields, e.g. [doi]: rows that share a value are never divided over training and validation",
+    )
+
+    @field_validator("keep_together")
+    @classmethod
+    def _fields_differ(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("a field is named twice: name each one once")
+        return value
 
 
 class Admission(Settings):
@@ -149,6 +210,7 @@ class ConsortiumConfig(Settings):
     description: str = ""
     simulated: bool = Field(False, description="one operator owns all data: permits pooled and cross-site baselines")
     task: Task
+    auxiliary: tuple[Task, ...] = Field((), description="further targets the same network learns, where a site has them")
     features: tuple[FeatureSpec, ...] = Field(min_length=1)
     model: ModelSpec = ModelSpec()
     plan: PlanSettings = PlanSettings()
@@ -160,6 +222,23 @@ class ConsortiumConfig(Settings):
     @classmethod
     def _short_features(cls, value: Any) -> Any:
         return [{"name": v} if isinstance(v, str) else v for v in value] if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _tasks_agree(self) -> ConsortiumConfig:
+        seen = [t.target for t in self.tasks]
+        if len(set(seen)) != len(seen):
+            raise ValueError("task and auxiliary name the same target twice")
+        for t in self.auxiliary:
+            if t.record_type != self.task.record_type:
+                raise ValueError(f"auxiliary {t.name}: all tasks read one record type, {self.task.record_type}")
+        if self.auxiliary and any(t.kind == "binary" for t in self.tasks):
+            raise ValueError("kind: binary cannot be combined with auxiliary tasks")
+        return self
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """All targets: the task first, then the auxiliary ones."""
+        return (self.task, *self.auxiliary)
 
     @model_validator(mode="after")
     def _members_differ(self) -> ConsortiumConfig:
@@ -185,6 +264,9 @@ class Column(Settings):
     unit: str | None = Field(None, description="unit in the source; needed for every field that has a unit")
     replace: dict[str, str] = Field(default_factory=dict, description="exact text replacements after stripping")
     strip: str = Field("", description="characters stripped from both ends besides white space")
+    chain_ends: tuple[str, ...] = Field(
+        (), description="SMILES: atoms that stand for the ends of a repeat unit in this source, e.g. '[Cu]'; read as [*]"
+    )
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -232,7 +314,10 @@ class Structures(Settings):
 
 
 class SplitColumn(Settings):
-    """A published split: the column that states it and the values that mean train and test."""
+    """A published split: the column that states it and the values that mean train and test.
+
+    ``test: []`` states that the source brings no test rows at all; where that holds for the whole site, none are drawn.
+    """
 
     column: str
     train: tuple[str, ...] = ("train",)

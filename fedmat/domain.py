@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedmat.weights import Weights
 
 Array = NDArray[np.float64]
+Digests = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Attestation:
         dataset_sha256: digest of the site's accepted-records manifest.
         features_sha256: digest of feature names and featurizer versions, equal at all sites or the run stops.
         rejected: rows in quarantine by reason code; counts only.
+        labels: training rows that state each target, in the plan's order of tasks.
     """
 
     site: str
@@ -37,6 +39,63 @@ class Attestation:
     n_test: int
     n_groups: int
     rejected: dict[str, int] = field(default_factory=dict)
+    labels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one site shows the coordinator: sorted different keys, so neither the order nor the number of rows behind one.
+
+    Attributes:
+        fingerprint: equal for sites with the same secret (``fedmat.data.matching.fingerprint``).
+        n_train, n_test: rows, as attested; validation counts as training.
+        train, test: keys by kind; measurement keys of test rows stay home.
+    """
+
+    site: str
+    fingerprint: str
+    n_train: int
+    n_test: int
+    train: dict[str, Digests]
+    test: dict[str, Digests]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What one site leaves out of training.
+
+    Attributes:
+        material, source: keys of test rows, its own or another's.
+        measurement: keys of measurements that another site keeps.
+    """
+
+    site: str
+    material: Digests
+    source: Digests
+    measurement: Digests
+
+
+@dataclass(frozen=True)
+class MatchRequest:
+    """Asks a site for the keys of its records, to find what several sites hold before training."""
+
+    plan_sha256: str
+
+
+@dataclass(frozen=True)
+class RemoveRequest:
+    """Tells a site which of its training rows repeat another site's, or a test row of anyone."""
+
+    plan_sha256: str
+    removal: Removal
+
+
+@dataclass(frozen=True)
+class Removed:
+    """How many rows a site left out of training, by reason."""
+
+    site: str
+    counts: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -55,7 +114,9 @@ class StatisticsRequest:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sums over one site's training rows: arrays of shape ``n_features`` and the target's count, sum, sum of squares."""
+    """Sums over one site's training rows: arrays of shape ``n_features``, and ``n_tasks x 3`` with each target's count, sum
+    and sum of squares.
+    """
 
     site: str
     count: Array
@@ -70,13 +131,14 @@ class Scaler:
 
     Attributes:
         active: 1.0 where the feature varies in the consortium's training data, else 0.0; inactive features are dropped.
+        y_mean, y_scale: of each task's transformed target, shape ``n_tasks``.
     """
 
     mean: Array
     scale: Array
     active: Array
-    y_mean: float
-    y_scale: float
+    y_mean: Array
+    y_scale: Array
     clip: float = 5.0
 
     def features(self, x: Array) -> NDArray[np.float32]:
@@ -86,12 +148,12 @@ class Scaler:
         return np.clip(np.nan_to_num(z, nan=0.0), -self.clip, self.clip).astype(np.float32)
 
     def target(self, y: Array) -> NDArray[np.float32]:
-        """Returns the standardised, already transformed target."""
+        """Returns the standardised, already transformed targets, ``n x n_tasks``."""
         return ((y - self.y_mean) / self.y_scale).astype(np.float32)
 
-    def restore(self, z: NDArray[np.float32]) -> Array:
-        """Returns network output in the transformed target's unit."""
-        return z.astype(np.float64) * self.y_scale + self.y_mean
+    def restore(self, z: Array) -> Array:
+        """Returns network output ``... x n_tasks`` in the transformed targets' units."""
+        return z * self.y_scale + self.y_mean
 
 
 @dataclass(frozen=True)
@@ -129,16 +191,22 @@ class Update:
     validation: Array = field(default_factory=lambda: np.zeros(0))
 
 
+OwnArm = Literal["local", "finetuned", "ditto", "personal"]
+
+
 @dataclass(frozen=True)
 class BaselineRequest:
-    """Asks a site for a model of its own: trained alone from ``weights``, or fine-tuned from the global ``weights``.
+    """Asks a site for a model of its own: trained alone, or made from the global ``weights``.
 
     Attributes:
+        arm: ``local`` (its own records only), ``finetuned``, ``ditto`` (tied to the global weights while it trains), or
+            ``personal``: what the site would use, the mixture of those and the global model that its own out-of-fold
+            errors ask for.
         share: return the weights too; a site refuses this unless its consortium is declared simulated.
     """
 
     plan_sha256: str
-    arm: Literal["local", "finetuned"]
+    arm: OwnArm
     weights: Weights
     scaler: Scaler
     share: bool = False
@@ -146,24 +214,78 @@ class BaselineRequest:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A site's answer: its own-slice test result, and its weights where sharing is permitted."""
+    """A site's answer: its own-slice test result, and its weights where sharing is permitted.
+
+    Attributes:
+        auxiliary: results on the auxiliary tasks the site has test rows for.
+        mixture: for a personal model, the share of each model in it.
+    """
 
     site: str
     arm: str
     evaluation: Evaluation
     weights: Weights = field(default_factory=dict)
     scaler: Scaler | None = None
+    auxiliary: tuple[Evaluation, ...] = ()
+    mixture: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of a site's own mixture."""
+
+    arm: str
+    share: float
+    weights: Weights
+    scaler: Scaler
+
+
+@dataclass(frozen=True)
+class SiteModel:
+    """The model a site uses for its own materials; a file that stays at the site.
+
+    Attributes:
+        spec: as in :class:`GlobalModel`, with the site's own intervals.
+    """
+
+    site: str
+    parts: tuple[Network, ...]
+    spec: dict[str, object]
 
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """Asks a site to score ``weights`` on its own held-out groups."""
+    """Asks a site to score ``weights`` on its own held-out groups.
+
+    Attributes:
+        target: the task to score; "" means the first.
+        radius: by site, half-width of the intervals to check, in the transformed target's unit; empty for none.
+    """
 
     plan_sha256: str
     arm: str
     weights: Weights
     scaler: Scaler
     split: Literal["validation", "test"] = "test"
+    target: str = ""
+    radius: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CalibrateRequest:
+    """Asks a site how far the finished global model is off on rows that a member of its ensemble never saw."""
+
+    plan_sha256: str
+    weights: Weights
+    scaler: Scaler
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Counts of conformity scores in the public grid of ``fedmat.assurance.uncertainty``; no score is in it."""
+
+    site: str
+    sketch: Array
 
 
 @dataclass(frozen=True)
@@ -171,10 +293,14 @@ class Evaluation:
     """Sums from which global metrics are exact, and the site's own bootstrap spread; no row's error is in it.
 
     Attributes:
-        sums: n, sum|e|, sum e^2, sum y, sum y^2 in the transformed target's unit.
+        sums: n, sum|e|, sum e^2, sum y, sum y^2 in the transformed target's unit; n is 0 where a site has no such rows.
         mae_se, mae_low, mae_high: standard error and 95% interval of MAE over resampled groups.
         histogram: parity counts of shape ``bins x bins`` (true by predicted); a cell under the disclosure floor is 0.
         scores: for a binary task, counts of shape ``2 x bins`` (negatives, positives) by predicted probability.
+        target: the task scored.
+        coverage: rows inside their interval, lower and upper 95% limit of that share, the interval's half-width.
+        draws: MAE of every bootstrap resample, the same resamples for every arm, so that two arms can be compared in pairs.
+            Only in a consortium declared simulated: as many draws as groups would give the groups' errors away.
     """
 
     site: str
@@ -188,6 +314,9 @@ class Evaluation:
     edges: Array = field(default_factory=lambda: np.zeros(0))
     histogram: Array = field(default_factory=lambda: np.zeros((0, 0)))
     scores: Array = field(default_factory=lambda: np.zeros((2, 0)))
+    target: str = ""
+    coverage: Array = field(default_factory=lambda: np.zeros(0))
+    draws: Array = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True)
@@ -208,8 +337,17 @@ class Rejection:
     detail: str = ""
 
 
-Request = AttestRequest | StatisticsRequest | TrainRequest | BaselineRequest | EvaluateRequest
-Answer = Attestation | Statistics | Update | Baseline | Evaluation
+Request = (
+    MatchRequest
+    | RemoveRequest
+    | AttestRequest
+    | StatisticsRequest
+    | TrainRequest
+    | BaselineRequest
+    | EvaluateRequest
+    | CalibrateRequest
+)
+Answer = Offer | Removed | Attestation | Statistics | Update | Baseline | Evaluation | Calibration
 
 
 @dataclass(frozen=True)
@@ -234,7 +372,7 @@ class RoundReport:
 
     Attributes:
         shares: weight of each accepted site, summing to one.
-        model_sha256: digest of the global weights after the round.
+        model_sha256: digest of the model's weights and scaling if this round were the last.
         validation: global validation metric after the round, where it was asked for.
     """
 
@@ -262,7 +400,7 @@ class Checkpoint:
     """Everything the coordinator needs to go on after a crash, as it stood before round ``next_round``.
 
     Attributes:
-        server: the server optimiser's moments, flat float64 vectors by name.
+        server: the server optimiser's moments, flat float64 vectors by name, and the running sum of averaged weights.
         attestations_sha256: digest of what the sites attested; a resumed run must find the same.
     """
 

@@ -145,6 +145,11 @@ class FinishedRun:
         return str(self.metrics["task"]["target"])
 
     @property
+    def further(self) -> tuple[str, ...]:
+        """The auxiliary targets."""
+        return tuple(t["target"] for t in self.plan["auxiliary"])
+
+    @property
     def score(self) -> float | None:
         """The joint model's metric on all sites' test groups."""
         value = self.metrics["global"].get("federated", {}).get(self.metrics["task"]["metric"])

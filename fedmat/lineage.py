@@ -294,7 +294,7 @@ def _save(e: FinishedRun, folder: Path, run_id: str, logged: Any) -> Path:
         str(target),
         python_model=str(_SCRIPT),
         artifacts={"model": str(e.folder / MODEL)},
-        signature=_signature(e.records, e.target),
+        signature=_signature(e.records, e.target, e.further),
         input_example=pd.DataFrame([example(e.records, e.target)]),
         pip_requirements=_requirements(e),
         metadata={
@@ -318,7 +318,7 @@ def _requirements(e: FinishedRun) -> list[str]:
     return [f"fedmat=={__version__}", *(f"{name}=={release(name)}" for name in libraries)]
 
 
-def _signature(rt: RecordType, target: str) -> ModelSignature:
+def _signature(rt: RecordType, target: str, further: Sequence[str]) -> ModelSignature:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
     from mlflow.types.schema import AnyType
@@ -330,7 +330,10 @@ def _signature(rt: RecordType, target: str) -> ModelSignature:
 
     return ModelSignature(
         Schema([column(f) for f in inputs(rt, target)]),
-        Schema([ColSpec("double", "prediction"), ColSpec("boolean", "in_domain")]),
+        Schema([
+            *(ColSpec("double", name) for name in ("prediction", "low", "high", "spread", *further)),
+            ColSpec("boolean", "in_domain"),
+        ]),
     )
 
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fedmat import files, wire
 from fedmat._version import __version__
-from fedmat.config import ConsortiumConfig, SiteConfig, load_consortium, load_site
+from fedmat.config import ConsortiumConfig, SiteConfig, Task, load_consortium, load_site
 from fedmat.domain import Baseline, Evaluation, GlobalModel, RoundReport
 from fedmat.errors import ConfigError, DataError, NotEvidenced, SiteRefused, StateError
 from fedmat.federation.plan import Plan
@@ -30,8 +33,10 @@ if TYPE_CHECKING:
     from fedmat.data.versions import Version
     from fedmat.features.table import FeatureTable
     from fedmat.federation.engine import Engine, Handler
+    from fedmat.federation.site import MatchingKeys
     from fedmat.lineage import Registered
 
+SECRET = Path("secrets/matching.key")  # in the workspace: the members' secret, which no coordinator may see
 REFUSED = "refused.json"  # in a site's folder: why its data take no part in this run
 MODEL, PLAN, METRICS, EVALUATIONS, TIMINGS = (
     "model.safetensors", "plan.json", "metrics.json", "evaluations.json", "timings.json",
@@ -161,7 +166,8 @@ def prepare_site(run: Run, site: str) -> Snapshot:
     refused = folder / REFUSED
     try:
         with _timed(folder / "prepare-seconds.json"):
-            snapshot = records.prepare(settings, path.parent, folder, target=config.task.target, admission=config.admission)
+            targets = [t.target for t in config.tasks]
+            snapshot = records.prepare(settings, path.parent, folder, target=targets, admission=config.admission)
     except DataError as error:  # an earlier good version stays, and takes no part while the newer data are refused
         files.write_json(refused, {"what": error.what, "fix": error.fix})
         raise
@@ -179,7 +185,7 @@ def version_site(run: Run, site: str, now: datetime) -> Version:
 def featurize_site(run: Run, site: str) -> FeatureRef:
     """Computes (or finds cached) features of one site."""
     with _timed(run.site_folder(site) / "featurize-seconds.json"):
-        table = _table(run, site)
+        table = site_table(run, site)
     return FeatureRef(site, table.sha256, len(table), len(table.names))
 
 
@@ -192,7 +198,7 @@ def build_handler(consortium_file: Path, home: Path, rounds: int | None, site: s
     if (folder / REFUSED).exists():
         raise SiteRefused(f"site {site}: its data were refused when they were prepared", fix="see fedmat site check")
     manifest = files.read_json(folder / "manifest.json")
-    return SiteWorker(site, run.plan(), _table(run, site), manifest, folder).handle
+    return SiteWorker(site, run.plan(), site_table(run, site), manifest, folder, matching_keys(run, site)).handle
 
 
 @contextmanager
@@ -219,20 +225,21 @@ def train(run: Run, *, resume: bool = True) -> Iterator[RoundReport]:
     Args:
         resume: False throws away this run's earlier rounds.
     """
-    from fedmat.federation.coordinator import CHECKPOINT, ROUNDS, SETUP, Coordinator
-    from fedmat.models import mlp
+    from fedmat.federation.coordinator import CHECKPOINT, INTERVALS, MATCHING, ROUNDS, SETUP, Coordinator
+    from fedmat.models.network import Architecture
 
     plan = run.plan()
     folder = run.folder
     folder.mkdir(parents=True, exist_ok=True)
     if not resume:
-        for name in (CHECKPOINT, ROUNDS, SETUP, MODEL, METRICS, EVALUATIONS, TIMINGS):
+        for name in (CHECKPOINT, ROUNDS, SETUP, INTERVALS, MATCHING, MODEL, METRICS, EVALUATIONS, TIMINGS):
             (folder / name).unlink(missing_ok=True)
     files.write_json(folder / PLAN, plan.as_json())
     files.write_atomic(run.home / "runs" / "latest", folder.name.encode())
     started = time.perf_counter()
     with open_engine(run) as engine:
-        coordinator = Coordinator(plan, lambda n: mlp.initial_weights(plan.model, n, plan.settings.seed), folder)
+        architecture = Architecture.of(plan.model, plan.tasks, plan.settings)
+        coordinator = Coordinator(plan, lambda n: architecture.initial_weights(n, plan.settings.seed), folder)
         ran = False
         for report in coordinator.run(engine):
             ran = True
@@ -265,13 +272,13 @@ def baselines(run: Run, progress: Callable[[str], None] | None = None) -> None:
 
     with _timed_note(folder, "baselines"):
         with open_engine(run) as engine:
-            say("local-only and fine-tuned models")
+            say("local-only, fine-tuned and personal models")
             for pair in arms.own_models(engine, plan, model, _asked(folder)).values():
                 for baseline in pair:
                     keep(f"{baseline.arm}-{baseline.site}.safetensors", wire.encode(baseline))
         if plan.simulated:
             say("pooled model")
-            arm = arms.pooled(plan, {s: _table(run, s) for s in _asked(folder)})
+            arm = arms.pooled(plan, {s: kept_table(run, s) for s in _asked(folder)})
             keep("pooled.safetensors", wire.encode(GlobalModel(arm.weights, arm.scaler, {"arm": "pooled"})))
     files.write_json(made, {"model_sha256": digest, "files": written})
 
@@ -291,12 +298,20 @@ def evaluate(run: Run) -> dict[str, Any]:
             to_score.append(arms.Arm(f"{baseline.arm}:{baseline.site}", baseline.weights, baseline.scaler))
         else:
             evaluations.append(baseline.evaluation)
+    interval: dict[str, Any] = wire.plain(model.spec["interval"])
+    radius = {s: r if r is not None else math.inf for s, r in interval["sites"].items()}
+    further: list[Evaluation] = []
     with _timed_note(folder, "evaluate"), open_engine(run) as engine:
         for arm in to_score:
-            evaluations += arms.score(engine, plan, arm, sites)
+            evaluations += arms.score(engine, plan, arm, sites, radius=radius if arm.name == "federated" else None)
+        for task in plan.tasks[1:]:
+            for arm in to_score[: 2 + len(pooled)]:
+                further += arms.score(engine, plan, arm, sites, target=task.target)
+    further += [e for baseline in own for e in baseline.auxiliary]
     evaluations.sort(key=lambda e: (e.arm, e.site))
-    files.write_json(folder / EVALUATIONS, wire.plain(evaluations))
-    result = _metrics(run, evaluations)
+    kept = [dataclasses.replace(e, draws=np.zeros(0)) for e in (*evaluations, *further)]
+    files.write_json(folder / EVALUATIONS, wire.plain(kept))
+    result = _metrics(run, evaluations, further, {b.site: b.mixture for b in own if b.arm == "personal"})
     files.write_json(folder / METRICS, result)
     return result
 
@@ -332,14 +347,44 @@ def _handler_or_refusal(consortium_file: Path, home: Path, rounds: int | None, s
     return refuse
 
 
-def _table(run: Run, site: str) -> FeatureTable:
+def matching_keys(run: Run, site: str) -> MatchingKeys | None:
+    """Returns the keys of a site's records under the members' secret; None where the plan does not look for duplicates.
+
+    The secret is a file of the workspace that the first site makes. Members on machines of their own copy it from one of
+    them, by a road that the coordinator does not see.
+    """
+    from fedmat.data import matching
+    from fedmat.data.contract import record_type
+    from fedmat.data.records import load_records
+    from fedmat.federation.site import MatchingKeys
+
+    plan = run.plan()
+    if not plan.settings.deduplicate:
+        return None
+    secret = matching.load_or_create_secret(run.home / SECRET)
+    scope = f"{plan.consortium}/{plan.sha256}"
+    rt = record_type(plan.task.record_type)
+    targets = [t.target for t in plan.tasks]
+    keys = matching.keys(load_records(run.site_folder(site)), rt, targets, secret, scope)
+    return MatchingKeys(matching.fingerprint(secret, scope), keys)
+
+
+def kept_table(run: Run, site: str) -> FeatureTable:
+    """Returns the rows a site works with in this run: its features without what was found at another site."""
+    from fedmat.federation.site import kept_rows, state_folder
+
+    return kept_rows(state_folder(run.site_folder(site), run.plan()), site_table(run, site), matching_keys(run, site))
+
+
+def site_table(run: Run, site: str) -> FeatureTable:
+    """Returns one site's features, from the site's cache where it has them."""
     from fedmat.data.contract import record_type
     from fedmat.features import dataset, registry
 
     config = run.config()
     rt = record_type(config.task.record_type)
-    features = registry.build(config.features, rt, config.task.target)
-    return dataset.featurize(run.site_folder(site), features, config.task, config.splits, rt)
+    features = [registry.build(config.features, rt, t.target) for t in config.tasks]  # no target may be an input
+    return dataset.featurize(run.site_folder(site), features[0], config.tasks, config.splits, rt, config.model.graph)
 
 
 def _asked(folder: Path) -> tuple[str, ...]:
@@ -356,11 +401,11 @@ def _whole(made: Path, model_sha256: str) -> bool:
 
 
 def _trained_arms(folder: Path, simulated: bool) -> tuple[list[Baseline], list[Arm]]:
-    from fedmat.baselines import Arm
+    from fedmat.baselines import OWN, Arm
 
     own: list[Baseline] = []
     for site in _asked(folder):
-        for arm in ("local", "finetuned"):
+        for arm in OWN:
             path = folder / "arms" / f"{arm}-{site}.safetensors"
             if not path.exists():
                 raise NotEvidenced(f"{path}: the {arm} model of {site} was not trained", fix="run the baselines step first")
@@ -375,7 +420,12 @@ def _trained_arms(folder: Path, simulated: bool) -> tuple[list[Baseline], list[A
     return own, pooled
 
 
-def _metrics(run: Run, evaluations: list[Evaluation]) -> dict[str, Any]:
+def _metrics(
+    run: Run,
+    evaluations: Sequence[Evaluation],
+    further: Sequence[Evaluation] = (),
+    mixtures: Mapping[str, Mapping[str, float]] | None = None,
+) -> dict[str, Any]:
     from fedmat.federation.evaluation import metrics
 
     config, folder, plan = run.config(), run.folder, run.plan()
@@ -399,13 +449,15 @@ def _metrics(run: Run, evaluations: list[Evaluation]) -> dict[str, Any]:
     for site in sites:
         a = attestations[site]
         own = {"local": at(f"local:{site}", site), "federated": at("federated", site),
-               "finetuned": at(f"finetuned:{site}", site), "pooled": at("pooled", site)}  # fmt: skip
+               "finetuned": at(f"finetuned:{site}", site), "personal": at(f"personal:{site}", site),
+               "pooled": at("pooled", site)}  # fmt: skip
         beyond = {"local": everywhere(f"local:{site}"), "finetuned": everywhere(f"finetuned:{site}")}
         site_rows[site] = {
             "organisation": organisations[site],
             **{k: a[k] for k in ("n_train", "n_validation", "n_test", "n_groups", "rejected", "dataset_sha256")},
             "own": _known(own),
             "global": _known(beyond),
+            "mixture": dict((mixtures or {}).get(site, {})),
         }
     overall = _known({
         "federated": everywhere("federated"),
@@ -427,8 +479,9 @@ def _metrics(run: Run, evaluations: list[Evaluation]) -> dict[str, Any]:
         "simulated": config.simulated,
         "task": {
             **{k: getattr(task, k) for k in ("name", "target", "unit", "transform", "kind", "metric")},
-            "metric_unit": f"log10({task.unit})" if task.transform == "log10" else task.unit,
+            "metric_unit": _metric_unit(task),
         },
+        "auxiliary": {t.target: _auxiliary(t, further) for t in config.auxiliary},
         "model": {"name": f"fedmat-{task.name}", "version": None, "sha256": model_sha256},
         "global": overall,
         "sites": site_rows,
@@ -439,6 +492,7 @@ def _metrics(run: Run, evaluations: list[Evaluation]) -> dict[str, Any]:
             "per_round_up": up / len(rows) if rows else 0,
         },
         "rounds": {"count": plan.settings.rounds, "completed": len(rows)},
+        "matching": files.read_json(folder / "matching.json") if (folder / "matching.json").exists() else None,
         "exclusions": [
             {"round": -1, **{k: f[k] for k in ("site", "kind", "reason", "detail")}}
             for f in files.read_json(folder / "attestations.json")["failures"]
@@ -457,6 +511,23 @@ def _metrics(run: Run, evaluations: list[Evaluation]) -> dict[str, Any]:
             "attestations": files.sha256(files.canonical_json(attestations)),
         },
     }
+
+
+def _metric_unit(task: Task) -> str:
+    return f"log10({task.unit})" if task.transform == "log10" else task.unit
+
+
+def _auxiliary(task: Task, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """Returns an auxiliary task's results: the global arms on all sites' rows, and each site's own models on its own."""
+    from fedmat.federation.evaluation import metrics
+
+    found = [e for e in evaluations if e.target == task.target]
+    everywhere = {arm: metrics([e for e in found if e.arm == arm], task.kind) for arm in ("federated", "pooled", "dummy")}
+    own: dict[str, Any] = {}
+    for e in found:
+        if ":" in e.arm and (value := metrics([e], task.kind)) is not None:
+            own.setdefault(e.site, {})[e.arm.split(":")[0]] = value
+    return {"name": task.name, "metric_unit": _metric_unit(task), "global": _known(everywhere), "sites": own}
 
 
 def _comparisons(overall: Mapping[str, Any], locals_: list[dict[str, Any] | None], metric: str) -> dict[str, float]:

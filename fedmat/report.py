@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fedmat import evidence as ev
-from fedmat import figures, files
+from fedmat import figures, files, wire
 from fedmat.evidence import Evidence
 from fedmat.figures import Point
 from fedmat.verdict import UNKNOWN, number, percent, score, size, table, unit_of, verdict
@@ -26,7 +26,7 @@ __all__ = ["REPORT", "table", "verdict", "write"]
 
 REPORT = "report.html"
 ARMS = {
-    "local": "local only", "federated": "federated", "finetuned": "federated, fine-tuned", "pooled": "pooled data",
+    "local": "local only", "federated": "federated", "finetuned": "federated, fine-tuned", "personal": "personal mixture", "pooled": "pooled data",
     "dummy": "always the mean",
 }  # fmt: skip
 
@@ -39,18 +39,26 @@ def write(run_folder: Path) -> Path:
     Raises:
         StateError: there is no such folder, or a file in it is damaged.
     """
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
     evidence = Evidence.read(run_folder)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"num": number, "bytes": size, "pct": percent}
-    source = resources.files("fedmat").joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
-    plots = {name: Markup(svg) for name, svg in _plots(evidence).items()}  # our own SVG; its texts are escaped
-    page = environment.from_string(source).render(**_content(evidence), plots=plots, unknown=UNKNOWN, arms=ARMS)
+    page = render("report.html.j2", _plots(evidence), **_content(evidence), unknown=UNKNOWN, arms=ARMS)
     path = run_folder / REPORT
     files.write_atomic(path, page.encode())
     return path
+
+
+def render(template: str, plots: Mapping[str, str], **content: Any) -> str:
+    """Returns a page of ``templates/``: everything in ``content`` is escaped, ``plots`` are our own SVG, whose texts are."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def source(name: str) -> str:
+        return resources.files("fedmat").joinpath("templates", name).read_text(encoding="utf-8")
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(source)
+    )
+    environment.filters |= {"num": number, "bytes": size, "pct": percent}
+    return environment.get_template(template).render(**content, plots={name: Markup(svg) for name, svg in plots.items()})
 
 
 # --- the page's parts ----------------------------------------------------------------------------------------------
@@ -125,7 +133,8 @@ def _checks(e: Evidence) -> list[tuple[str, str, str]]:
             )
         )
     if e.rounds and there and e.metrics is not None:
-        last = e.rounds[-1]["model_sha256"] == e.metrics["model"]["sha256"]
+        made = wire.load_model(e.folder / ev.MODEL)
+        last = e.rounds[-1]["model_sha256"] == wire.weights_digest(made.weights, made.scaler)
         out.append(("The last round produced this model", "proved" if last else "refuted", "digest in the last round's report"))
     else:
         out.append(("The last round produced this model", UNKNOWN, f"{ev.ROUNDS} or {ev.METRICS} is missing"))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,35 +25,42 @@ from numpy.typing import NDArray
 from fedmat import wire
 from fedmat.config import FeatureSpec, ModelSpec, Task
 from fedmat.data.contract import RecordType, record_type
-from fedmat.domain import Array, GlobalModel, Scaler
+from fedmat.domain import Array, GlobalModel, Network, Scaler, SiteModel
 from fedmat.errors import DataError, StateError
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from fedmat.features.registry import FeatureSet
+    from fedmat.models.network import Architecture
 
-SCHEMA = "fedmat/model/1"
+SCHEMA = "fedmat/model/2"
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A global model made ready to answer: its features are built once and used for every batch."""
+    """A model made ready to answer: its features are built once and used for every batch.
 
-    model: GlobalModel
-    task: Task
-    network: ModelSpec
+    Attributes:
+        parts: the networks whose mean, by share, is the prediction; one for a global model.
+        half_width: of the prediction interval, in the transformed target's unit; NaN where it is not evidenced.
+    """
+
+    parts: tuple[Network, ...]
+    architecture: Architecture
     records: RecordType
     features: FeatureSet
+    half_width: float
 
     @classmethod
-    def of(cls, model: GlobalModel) -> Predictor:
+    def of(cls, model: GlobalModel | SiteModel) -> Predictor:
         """Returns the predictor of ``model``.
 
         Raises:
             StateError: the model is of another schema, or the installed featurizers are not the ones it was trained on.
         """
-        from fedmat.features import registry
+        from fedmat.features import dataset, registry
+        from fedmat.models.network import Architecture
 
         spec: dict[str, Any] = wire.plain(model.spec)
         if spec.get("schema") != SCHEMA:
@@ -60,37 +68,69 @@ class Predictor:
                 f"the model says schema {spec.get('schema')!r}, this fedmat reads {SCHEMA!r}",
                 fix="install the fedmat version that made the model",
             )
-        task = Task.model_validate(spec["task"])
+        tasks = tuple(Task.model_validate(t) for t in (spec["task"], *spec["auxiliary"]))
+        network = ModelSpec.model_validate(spec["model"])
         records = record_type(str(spec["record_type"]))
         wanted = [FeatureSpec.model_validate(f) for f in spec["features"]]
-        features = registry.build(wanted, records, task.target)
-        if features.sha256 != spec["features_sha256"]:
+        features = registry.build(wanted, records, tasks[0].target)
+        digest = dataset.features_digest(features, network.graph)
+        if digest != spec["features_sha256"]:
             raise StateError(
                 f"the model was trained on features {str(spec['features_sha256'])[:12]}, the installed featurizers give "
-                f"{features.sha256[:12]}",
+                f"{digest[:12]}",
                 fix="install fedmat and the libraries in the releases that made the model (requirements.txt of the registered one)",
             )
-        fields = tuple(dataclasses.replace(f, measured=f.measured or f.name == task.target) for f in records.fields)
+        targets = {t.target for t in tasks}
+        fields = tuple(dataclasses.replace(f, measured=f.measured or f.name in targets) for f in records.fields)
         unasked = dataclasses.replace(records, fields=fields)  # whatever a model predicts, nobody has to supply it
-        return cls(model, task, ModelSpec.model_validate(spec["model"]), unasked, features)
+        if isinstance(model, GlobalModel):
+            parts: tuple[Network, ...] = (Network("federated", 1.0, model.weights, model.scaler),)
+        else:
+            parts = model.parts
+        width = dict(spec.get("interval") or {}).get("half_width")
+        return cls(
+            parts,
+            Architecture(network, tasks, int(spec["ensemble"]), tuple(spec["private"])),
+            unasked,
+            features,
+            math.nan if width is None else float(width),
+        )
 
     def predict(self, records: pd.DataFrame) -> pd.DataFrame:
         """Returns predictions for raw records; see :func:`predict`."""
         import pandas as pd
 
         from fedmat.data.validation import coerce
-        from fedmat.models import mlp
+        from fedmat.features import dataset
 
+        tasks = self.architecture.tasks
+        columns = ("prediction", "low", "high", "spread", *(t.target for t in tasks[1:]))
         if not len(records):
-            return pd.DataFrame({"prediction": pd.Series(dtype=float), "in_domain": pd.Series(dtype=bool)}, index=records.index)
-        clean = coerce(_asked_fields(records, self.records, self.task.target), self.records, need_target=None)
+            empty = {name: pd.Series(dtype=float) for name in columns}
+            return pd.DataFrame(empty | {"in_domain": pd.Series(dtype=bool)}, index=records.index)
+        clean = coerce(_asked_fields(records, self.records, tasks[0].target), self.records, need_target=None)
         x = self.features.transform(clean)
-        output = mlp.predict(self.network, self.model.weights, self.model.scaler, x, self.task.kind)
-        inside = share_inside(self.model.scaler, x)
-        return pd.DataFrame({"prediction": in_unit(output, self.task), "in_domain": inside == 1.0}, index=records.index)
+        graph = self.architecture.spec.graph
+        graphs = None if graph is None else dataset.record_graphs(clean, self.records, graph)
+        answers, inside = [], np.ones(len(records), dtype=bool)
+        for part in self.parts:
+            read = self.architecture.inputs(part.scaler, self.features.names, x, graphs)
+            answers.append(self.architecture.restore(part.scaler, self.architecture.forward(part.weights, read)))
+            inside &= share_inside(part.scaler, x) == 1.0
+        mean = np.sum([p.share * a.mean(axis=0) for p, a in zip(self.parts, answers, strict=True)], axis=0)
+        members = np.concatenate([a[:, :, 0] for a in answers])  # every network's own opinion
+        out = {
+            "prediction": in_unit(mean[:, 0], tasks[0]),
+            "low": in_unit(mean[:, 0] - self.half_width, tasks[0]),
+            "high": in_unit(mean[:, 0] + self.half_width, tasks[0]),
+            "spread": members.std(axis=0, ddof=1) if len(members) > 1 else np.full(len(records), np.nan),
+            **{t.target: in_unit(mean[:, at], t) for at, t in enumerate(tasks[1:], start=1)},
+            "in_domain": inside,
+        }
+        return pd.DataFrame(out, index=records.index)
 
 
-def predict(model: GlobalModel, records: pd.DataFrame) -> pd.DataFrame:
+def predict(model: GlobalModel | SiteModel, records: pd.DataFrame) -> pd.DataFrame:
     """Returns predictions from raw records.
 
     Args:
@@ -98,9 +138,12 @@ def predict(model: GlobalModel, records: pd.DataFrame) -> pd.DataFrame:
             JSON text or dict, conditions). Optional fields may be absent; the target, if present, is not looked at.
 
     Returns:
-        ``prediction`` in ``task.unit`` (a probability for a binary task) and ``in_domain``: whether every feature of the
-        record lies inside the range the network was trained on; outside it the network sees the edge of that range
-        instead, and the prediction is an extrapolation. Index as in ``records``.
+        ``prediction`` in ``task.unit`` (a probability for a binary task); ``low`` and ``high``, the ends of its conformal
+        interval (NaN where the sites' errors were too few to evidence one); ``spread``, the standard deviation over the
+        ensemble in the transformed target's unit, to rank predictions by (NaN for a single network); a column per auxiliary
+        target; and ``in_domain``: whether every feature of the record lies inside the range the network was trained on;
+        outside it the network sees the edge of that range instead, and the prediction is an extrapolation. Index as in
+        ``records``.
 
     Raises:
         DataError: a field is missing or a row is wrong; row numbers (1-based) and fields are named, values never.

@@ -25,6 +25,7 @@ from safetensors.numpy import save as save_tensors
 
 from fedmat import domain, files
 from fedmat.errors import StateError, WireError
+from fedmat.weights import Weights
 
 _HEADER = "fedmat"
 _TYPES: dict[str, type] = {
@@ -32,7 +33,8 @@ _TYPES: dict[str, type] = {
     for kind in (
         domain.Attestation, domain.AttestRequest, domain.StatisticsRequest, domain.Statistics, domain.Scaler,
         domain.TrainRequest, domain.Update, domain.BaselineRequest, domain.Baseline, domain.EvaluateRequest,
-        domain.Evaluation, domain.GlobalModel, domain.Dropout, domain.Rejection, domain.Checkpoint,
+        domain.MatchRequest, domain.Offer, domain.RemoveRequest, domain.Removal, domain.Removed,
+        domain.Evaluation, domain.CalibrateRequest, domain.Calibration, domain.Network, domain.SiteModel, domain.GlobalModel, domain.Dropout, domain.Rejection, domain.Checkpoint,
     )
 }  # fmt: skip
 M = TypeVar("M")
@@ -68,6 +70,11 @@ def decode(data: bytes, kind: type[M]) -> M:
 def digest(message: Any) -> str:
     """Returns the SHA-256 of a message's canonical bytes."""
     return files.sha256(encode(message))
+
+
+def weights_digest(weights: Weights, scaler: domain.Scaler) -> str:
+    """Returns the digest of a model's numbers alone, without what is said about them."""
+    return digest(domain.GlobalModel(weights, scaler, {}))
 
 
 def save_model(model: domain.GlobalModel, path: Path) -> str:

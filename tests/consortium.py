@@ -14,7 +14,7 @@ from fedmat.federation.coordinator import Coordinator
 from fedmat.federation.engine import Handler, InProcessEngine
 from fedmat.federation.plan import Plan
 from fedmat.federation.site import SiteWorker
-from fedmat.models import mlp
+from fedmat.models.network import Architecture
 from fedmat.seeds import stream
 
 SITES = ("ash", "birch", "cedar", "dogwood")
@@ -28,8 +28,9 @@ def config(
         "rounds": 4,
         "quorum": 2,
         "local": {"steps": 6, "batch_size": 16, "lr": 3e-3},
-        "finetune_steps": 8,
+        "personalization": {"finetune_steps": 8},
         "seed": 5,
+        "deduplicate": False,
         **plan,
     }
     return ConsortiumConfig.model_validate(
@@ -55,7 +56,9 @@ def table(site: str, rows: int = 60, seed: int = 3, *, binary: bool = False) -> 
     x = np.column_stack([x, np.full(rows, 7.0)])
     group = np.arange(rows) // 3
     split = np.where(group % 5 == 0, TEST, np.where(group % 5 == 1, VALIDATION, TRAIN)).astype(np.int8)
-    return FeatureTable(("a", "b", "c", "same"), x, (y > 2.0).astype(float) if binary else y, group, split, "t" * 64, "f" * 64)
+    y = ((y > 2.0).astype(float) if binary else y)[:, None]
+    bound = np.zeros(y.shape, dtype=np.int8)
+    return FeatureTable(("a", "b", "c", "same"), x, y, group, split, bound, group, sha256="t" * 64, features_sha256="f" * 64)
 
 
 def worker(site: str, settings: ConsortiumConfig, folder: Path, data: FeatureTable | None = None) -> SiteWorker:
@@ -80,7 +83,8 @@ def coordinator(settings: ConsortiumConfig, folder: Path) -> Coordinator:
     """The real coordinator of a consortium in memory."""
     plan = Plan.of(settings)
     (folder / "run").mkdir(parents=True, exist_ok=True)
-    return Coordinator(plan, lambda n: mlp.initial_weights(plan.model, n, plan.settings.seed), folder / "run")
+    architecture = Architecture.of(plan.model, plan.tasks, plan.settings)
+    return Coordinator(plan, lambda n: architecture.initial_weights(n, plan.settings.seed), folder / "run")
 
 
 def run(settings: ConsortiumConfig, folder: Path, bad: Mapping[str, Callable[[Handler], Handler]] | None = None):  # type: ignore[no-untyped-def]

@@ -13,7 +13,7 @@ import yaml
 from fedmat import files, pipeline, wire
 from fedmat.domain import Attestation, Dropout, Evaluation, GlobalModel, Rejection, RoundReport, Scaler
 from fedmat.federation.evaluation import evaluate
-from fedmat.models import mlp
+from fedmat.models.network import Architecture
 from fedmat.seeds import stream
 
 SITES = {
@@ -88,8 +88,9 @@ def build(
         {"attestations": wire.plain(attestations), "setup_bytes": dict.fromkeys(sorted(sites), 3_400), "failures": []},
     )
     model = _model(plan, features, weights_seed)
-    sha256 = wire.save_model(model, folder / "model.safetensors")
-    lines = [_round(n, rounds, sorted(sites), sha256, plan.sha256, seed, exclusions) for n in range(rounds)]
+    wire.save_model(model, folder / "model.safetensors")
+    digest = wire.weights_digest(model.weights, model.scaler)
+    lines = [_round(n, rounds, sorted(sites), digest, plan.sha256, seed, exclusions) for n in range(rounds)]
     (folder / "rounds.jsonl").write_text("".join(json.dumps(wire.plain(r), sort_keys=True) + "\n" for r in lines))
     scores = _evaluations(sorted(sites), plan, simulated, seed, scale)
     files.write_json(folder / "evaluations.json", wire.plain(scores))
@@ -132,21 +133,12 @@ def _consortium(
 
 def _model(plan: Any, features: tuple[tuple[str, ...], str], seed: int) -> GlobalModel:
     p = len(features[0])
-    weights = mlp.initial_weights(plan.model, p, seed)
-    last = sorted(k for k in weights if k.endswith("weight"))[-1]
+    weights = Architecture.of(plan.model, plan.tasks, plan.settings).initial_weights(p, seed)
+    last = "last.weight"
     weights[last] = stream(seed, "last-layer").normal(size=weights[last].shape).astype(np.float32)
-    scaler = Scaler(np.zeros(p), np.full(p, 100.0), np.ones(p), -5.0, 2.0)
-    described = plan.as_json()
-    spec: dict[str, object] = {
-        "schema": "fedmat/model/1",
-        "record_type": plan.task.record_type,
-        "task": described["task"],
-        "features": tuple(described["features"]),
-        "feature_names": features[0],
-        "features_sha256": features[1],
-        "model": described["model"],
-        "plan_sha256": plan.sha256,
-    }
+    scaler = Scaler(np.zeros(p), np.full(p, 100.0), np.ones(p), np.array([-5.0]), np.array([2.0]))
+    spec = plan.model_spec(features[0], features[1])
+    spec["interval"] = {"level": 0.9, "half_width": 1.5, "sites": {}}
     return GlobalModel(weights, scaler, spec)
 
 

@@ -26,7 +26,7 @@ def build(folder: Path, *, rows: int = 60, rounds: int = 3, simulated: bool = Tr
         "rounds": rounds,
         "quorum": 2,
         "local": {"steps": 10, "batch_size": 16, "lr": 3e-3},
-        "finetune_steps": 20,
+        "personalization": {"finetune_steps": 20},
         **plan,
     }
     consortium = {

@@ -15,6 +15,7 @@ from fedmat.errors import PlanRefused, RoundFailed
 from fedmat.federation.engine import InProcessEngine
 from fedmat.federation.evaluation import metrics
 from fedmat.federation.plan import Plan
+from fedmat.models.network import Architecture
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,9 @@ def test_local_models_come_back_with_weights_only_in_a_simulated_consortium(trai
     settings, folder, model = trained
     plan = Plan.of(settings)
     pairs = baselines.own_models(InProcessEngine(handlers(settings, folder)), plan, model, SITES)
-    assert {b.arm for b in pairs["ash"]} == {"local", "finetuned"}
-    assert all(b.weights and b.scaler for pair in pairs.values() for b in pair)
+    assert {b.arm for b in pairs["ash"]} == {"local", "finetuned", "personal"}
+    assert all(b.weights and b.scaler for own in pairs.values() for b in own if b.arm != "personal")
+    assert all(not b.weights and sum(b.mixture.values()) == pytest.approx(1.0) for own in pairs.values() for b in own[2:])
     real = config(rounds=2, simulated=False)
     alone = run(real, tmp_path)[1]
     kept = baselines.own_models(InProcessEngine(handlers(real, tmp_path)), Plan.of(real), alone, SITES)
@@ -75,15 +77,14 @@ def test_a_missing_baseline_is_an_error_not_a_gap_in_the_table(trained) -> None:
 def test_fine_tuning_never_loses_to_the_global_model_on_the_sites_own_validation_groups(trained) -> None:  # type: ignore[no-untyped-def]
     settings, folder, model = trained
     plan = Plan.of(settings)
-    from fedmat.models import mlp
-
+    architecture = Architecture.of(plan.model, plan.tasks, plan.settings)
     pairs = baselines.own_models(InProcessEngine(handlers(settings, folder)), plan, model, SITES)
     for site in SITES:
         tuned = pairs[site][1]
         held = table(site).part(1)
 
         def error(weights, scaler, held=held) -> float:  # type: ignore[no-untyped-def]
-            return float(np.abs(mlp.predict(plan.model, weights, scaler, held.x) - held.y).mean())
+            return float(np.abs(architecture.predict(weights, scaler, held.names, held.x) - held.y).mean())
 
         assert error(tuned.weights, tuned.scaler) <= error(model.weights, model.scaler) + 1e-9
 

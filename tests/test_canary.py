@@ -33,7 +33,7 @@ from fedmat import pipeline, wire
 from fedmat.domain import GlobalModel
 from fedmat.federation.coordinator import Coordinator
 from fedmat.federation.engine import Handler, InProcessEngine
-from fedmat.models import mlp
+from fedmat.models.network import Architecture
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -154,7 +154,8 @@ def messages(consortium: Path, root: Path) -> None:
     (run.site_folder(SITE) / pipeline.REFUSED).unlink(missing_ok=True)
     handlers = {s: pipeline.build_handler(run.consortium_file, run.home, run.rounds, s) for s in run.sites}
     with Recorder(handlers, root / "messages") as engine:
-        coordinator = Coordinator(plan, lambda n: mlp.initial_weights(plan.model, n, plan.settings.seed), root / "messages")
+        architecture = Architecture.of(plan.model, plan.tasks, plan.settings)
+        coordinator = Coordinator(plan, lambda n: architecture.initial_weights(n, plan.settings.seed), root / "messages")
         list(coordinator.run(engine))
         model = coordinator.model()
         baselines.own_models(engine, plan, model, run.sites)
@@ -204,7 +205,7 @@ def doubles(world: World) -> dict[str, bytes]:
     values |= {1000.0 / float(v) for v in planted["temperature_k"]} | {float(np.log10(v)) for v in planted["hardness_hv"]}
     values |= {v for _, c, h in PLANTED for v in (c, h)} | {OUT_OF_RANGE, OUT_OF_RANGE + 273.15}
     model = standard(world)
-    values |= {(v - model.scaler.y_mean) / model.scaler.y_scale for v in map(float, planted["hardness_hv"])}
+    values |= {(v - model.scaler.y_mean[0]) / model.scaler.y_scale[0] for v in map(float, planted["hardness_hv"])}
     return {f"{order}d {v!r}": struct.pack(f"{order}d", v) for v in values for order in "<>"}
 
 
@@ -232,7 +233,7 @@ def standard(world: World) -> GlobalModel:
 
 
 def features(world: World):  # type: ignore[no-untyped-def]
-    return pipeline._table(pipeline.open_run(world.root / "c/consortium.yaml", home=world.root / "home"), SITE)
+    return pipeline.site_table(pipeline.open_run(world.root / "c/consortium.yaml", home=world.root / "home"), SITE)
 
 
 # --- where to look ---------------------------------------------------------------------------------------------------

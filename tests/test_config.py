@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fedmat.config import Column, MixtureColumns, SiteConfig, load_consortium, load_site, parse_settings
+from fedmat.config import Column, MixtureColumns, SiteConfig, Splits, load_consortium, load_site, parse_settings
 from fedmat.errors import ConfigError
 
 SITE: dict[str, Any] = {
@@ -96,7 +96,7 @@ def test_short_and_long_forms_mean_the_same() -> None:
             "sources.0.columns.temperature_k",
             {"from": "T", "zz": 1},
             "temperature_k.zz:",
-            "valid keys: from, replace, strip, unit",
+            "valid keys: chain_ends, from, replace, strip, unit",
         ),
         ("sources.0.constants.doi", {"valu": 1}, "sources.0.constants.doi.valu:", "did you mean 'value'?"),
         ("sources.0.structures.onn", "x", "sources.0.structures.onn", "did you mean 'on'?"),
@@ -189,3 +189,9 @@ def test_what_is_no_mapping_is_refused(tmp_path: Path, raw: str, hint: str) -> N
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load_site(tmp_path / "none.yaml")
+
+
+def test_a_field_to_keep_together_is_named_once() -> None:
+    assert Splits(keep_together=["doi"]).keep_together == ("doi",)
+    with pytest.raises(ValueError, match="named twice"):
+        Splits(keep_together=("doi", "doi"))

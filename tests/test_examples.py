@@ -91,7 +91,7 @@ def test_consortium_and_its_sites_load_and_agree(path: Path) -> None:
 
 
 def test_every_example_says_that_one_operator_holds_its_data_and_that_its_companies_are_invented() -> None:
-    assert len(CONSORTIA) == 4
+    assert len(CONSORTIA) == 8
     for path in CONSORTIA:
         consortium = load_consortium(path)
         assert consortium.simulated
@@ -208,13 +208,23 @@ def own_table(folder: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def check_against_table(frames: dict[str, pd.DataFrame], table: list[dict[str, str]], rejected: dict[str, int]) -> None:
+def check_against_table(
+    frames: dict[str, pd.DataFrame],
+    table: list[dict[str, str]],
+    rejected: dict[str, int],
+    sides: tuple[str, ...] = ("train", "test"),
+) -> None:
+    """The accepted rows are the table's rows but for the rejected ones, and what is asked about is nowhere trained on."""
     total: Counter[str] = Counter()
     for frame in frames.values():
         total.update(frame.attrs["rejected"])
     assert total == rejected
-    stated = Counter((row["site"], row["split"]) for row in table if row["split"] in ("train", "test"))
-    found = Counter((site, hint) for site, frame in frames.items() for hint in frame["split_hint"])
+    stated = Counter(
+        (row["site"], "train" if row["split"] == "train" else "test")
+        for row in table
+        if row["split"] in sides and row["site"] in frames
+    )
+    found = Counter((site, hint.removesuffix("_only")) for site, frame in frames.items() for hint in frame["split_hint"])
     assert found.total() == stated.total() - sum(rejected.values())
     assert all(0 <= stated[key] - found[key] <= sum(rejected.values()) for key in stated)
     learnt = {g for frame in frames.values() for g in frame.loc[frame["side"] != splits.TEST, "group"]}
@@ -246,6 +256,73 @@ def test_liquid_electrolytes_are_the_published_rows_and_no_test_mixture_is_train
     assert "LiN(CF3SO2)2" not in salts["imide-other"]
 
 
+@pytest.mark.parametrize(
+    ("task", "missing", "counts"),
+    [
+        ("yield-strength", 312, {"cast-foundry": (222, 66), "cast-high-temperature": (70, 28), "anneal-lab": (131, 22),
+                                 "powder-other": (104, 31), "wrought-mill": (125, 48), "steel-maker": (232, 80)}),
+        ("hardness", 590, {"cast-foundry": (205, 55), "anneal-lab": (38, 22), "powder-other": (115, 10), "wrought-mill": (16, 7)}),
+    ],
+)  # fmt: skip
+def test_alloys_are_the_published_rows_and_no_test_composition_is_trained_on(
+    task: str,
+    missing: int,
+    counts: dict[str, tuple[int, int]],
+    public_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FEDMAT_DATA", str(public_data))
+    shared_table(public_data, "C2_alloys.csv")  # the steels
+    consortium = EXAMPLES / "alloys" / f"consortium-{task}.yaml"
+    frames = prepared(consortium, tmp_path)
+    check_against_table(frames, own_table("alloys"), {"missing": missing})
+    assert {s: ((f["side"] != splits.TEST).sum(), (f["side"] == splits.TEST).sum()) for s, f in frames.items()} == counts
+    together = load_consortium(consortium).splits
+    for frame in frames.values():
+        learnt = frame.loc[frame["side"] != splits.TEST]
+        parts = pd.Series(splits.components(frame, together), index=frame.index)[learnt.index]
+        assert learnt.groupby(parts)["side"].nunique().max() == 1
+        assert (learnt.loc[learnt["doi"] != ""].groupby("doi")["side"].nunique() == 1).all()
+        assert not set(learnt["doi"]) & set(frame.loc[frame["side"] == splits.TEST, "doi"]) - {""}
+
+
+def test_polymer_electrolytes_are_the_published_rows_and_no_test_polymer_is_trained_on(
+    public_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDMAT_DATA", str(public_data))
+    frames = prepared(EXAMPLES / "polymer-electrolytes" / "consortium.yaml", tmp_path)
+    check_against_table(frames, own_table("polymer-electrolytes"), {"out_of_range": 27, "duplicate": 1})
+    assert set(frames["peo"]["side"]) == {splits.TRAIN} and set(frames["peo"]["polymer_smiles"]) == {"*CCO*"}
+    together = pd.concat(frames.values())
+    assert together["polymer_smiles"].nunique() == 226 and together["polymer_smiles"].str.count(r"\*").min() >= 2
+    assert not together["polymer_smiles"].str.contains("Cu|Au").any()
+    unsalted = together["salt_smiles"] == ""
+    assert (
+        unsalted.sum() == 932
+        and (together.loc[unsalted, "molality"] == 0).all()
+        and (together.loc[~unsalted, "molality"] > 0).all()
+    )
+    assert together["conductivity_s_cm"].between(1e-16, 0.1).all()
+
+
+def test_cells_are_the_published_ones_and_the_last_batch_is_all_test(
+    public_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDMAT_DATA", str(public_data))
+    if not (public_data / "battery_severson" / "features_100cycles.csv").is_file():
+        pytest.skip("no features_100cycles.csv in the folder of public data: it is not published")
+    frames = prepared(EXAMPLES / "cell-ageing" / "consortium.yaml", tmp_path)
+    table = own_table("cell-ageing")
+    check_against_table(frames, table, {}, ("train", "primary_test", "secondary_test"))
+    together = pd.concat(frames.values())
+    assert len(together) == 124 == together["cell"].nunique()
+    assert (together["side"] == splits.TEST).sum() == 83
+    secondary = {r["cell"] for r in table if r["split"] == "secondary_test"}
+    assert len(secondary) == 40 and set(together.loc[together["cell"].isin(secondary), "side"]) == {splits.TEST}
+    assert together["capacity_2_ah"].between(1.0, 1.1).all(), "no logger spike is left"
+
+
 def test_committed_site_tables_say_what_the_study_said(public_data: Path) -> None:
     liquids = shared_table(public_data, "C4a_liquid_electrolyte_sites.csv")
     assert [(r["row"], r["site"], r["split"]) for r in own_table("liquid-electrolytes")] == [
@@ -269,6 +346,32 @@ def test_committed_site_tables_say_what_the_study_said(public_data: Path) -> Non
     differ = [(mine, other) for mine, other in zip(ours, theirs, strict=True) if mine != other]
     assert [(mine[3], other[3]) for mine, other in differ] == [("dropped_same_composition", "train")] * 2
     assert all(mine[:3] == other[:3] for mine, other in differ)
+
+
+def test_the_newer_site_tables_say_what_the_study_said_but_for_what_is_dropped(public_data: Path) -> None:
+    alloys = shared_table(public_data, "C2_alloys.csv")
+    own = own_table("alloys")
+    assert [r["site"] for r in own] == [r["site"].replace("_", "-") for r in alloys]
+    assert [(r["src"], int(r["row"])) for r in own] == [
+        ("mpea", int(r["row"])) if r["src"] == "mpea" else ("steel", i) for i, r in enumerate(alloys)
+    ]
+    assert Counter((mine["split"], r["split"]) for mine, r in zip(own, alloys, strict=True) if mine["split"] != r["split"]) == {
+        ("dropped_test_composition", "train"): 249,
+        ("dropped_nothing_measured", "train"): 69,
+        ("dropped_nothing_measured", "test"): 48,
+    }
+    polymers = shared_table(public_data, "C4b_polymer_electrolyte_sites.csv")
+    mine = own_table("polymer-electrolytes")
+    assert [r["row"] for r in mine] == [r["row"] for r in polymers]
+    assert [r["row"] for r, s in zip(mine, polymers, strict=True) if r["split"] != s["split"]] == ["2088"]
+    names = {(r["site"], s["site"]) for r, s in zip(mine, polymers, strict=True)}
+    assert len(names) == 5 and {b[:2] for _, b in names} == {"P1", "P2", "P3", "P4", "P5"}
+    cells = shared_table(public_data, "C6_battery_sites.csv")
+    words = {"train": "train", "test1": "primary_test", "test2": "secondary_test"}
+    companies = {"slow<=4.6C": "slow-charge", "mid<=5.3C": "mid-charge", "fast>5.3C": "fast-charge"}
+    assert [(r["cell"], r["site"], r["split"]) for r in own_table("cell-ageing")] == [
+        (r["cell"], companies[r["site_alt_c1"]], words[r["split"]]) for r in cells
+    ]
 
 
 # --- template and guide ------------------------------------------------------------------------------------------

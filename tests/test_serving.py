@@ -73,18 +73,21 @@ def model(folder: Path, specs: list[FeatureSpec]) -> GlobalModel:
     )
     wide = _fitted(loaded, specs, many)[0]
     p = int(wide.scaler.active.sum())
-    weights = {k: (np.resize(v, (v.shape[0], p)) if v.ndim == 2 and v.shape[1] != 8 else v) for k, v in wide.weights.items()}
+    first = wide.weights["hidden.0.weight"]
+    weights = wide.weights | {"hidden.0.weight": np.resize(first, (1, p, first.shape[2]))}
     return dataclasses.replace(wide, weights=weights)
 
 
 def test_predictions_are_in_the_tasks_unit_and_keep_the_index(model: GlobalModel, specs: list[FeatureSpec]) -> None:
-    from fedmat.config import ModelSpec
-    from fedmat.models import mlp
+    from fedmat.config import ModelSpec, Task
+    from fedmat.models.network import Architecture
 
     answer = serving.predict(model, RECORDS)
-    assert list(answer.columns) == ["prediction", "in_domain"] and list(answer.index) == list(RECORDS.index)
+    assert list(answer.columns) == ["prediction", "low", "high", "spread", "in_domain"] and list(answer.index) == list(RECORDS.index)
     x = _fitted(model, specs, RECORDS)[1]
-    output = mlp.forward(ModelSpec.model_validate(wire.plain(model.spec["model"])), model.weights, model.scaler.features(x))
+    spec = wire.plain(model.spec)
+    architecture = Architecture(ModelSpec.model_validate(spec["model"]), (Task.model_validate(spec["task"]),))
+    output = architecture.forward(model.weights, architecture.inputs(model.scaler, spec["feature_names"], x))[0, :, 0]
     assert answer["prediction"].to_numpy() == pytest.approx(10 ** (output * 2.0 - 5.0), rel=1e-5)
     assert answer["in_domain"].dtype == bool and answer["in_domain"].all()
 

@@ -86,7 +86,7 @@ def test_a_literal_outside_its_values_is_refused() -> None:
 
 
 def test_a_damaged_model_file_is_a_state_error_naming_it(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    scaler = Scaler(np.zeros(2), np.ones(2), np.ones(2), 0.0, 1.0)
+    scaler = Scaler(np.zeros(2), np.ones(2), np.ones(2), np.zeros(1), np.ones(1))
     path = tmp_path / "model.safetensors"
     digest = wire.save_model(GlobalModel({"w": np.ones(2, np.float32)}, scaler, {"schema": "x", "n": (1, 2)}), path)
     assert wire.digest(wire.load_model(path)) == digest

@@ -29,12 +29,21 @@ _EXAMPLE: Mapping[str, str | float] = {
     "positive_particle_radius_um": 5.0,
     "negative_particle_radius_um": 6.0,
     "c_rate": 1.0,
+    "cell": "K-1",
+    "dq_min_ah": -0.04,
+    "dq_mean_ah": -0.02,
+    "dq_variance_ah2": 2e-4,
+    "dq_skewness": 0.0,
+    "dq_excess_kurtosis": -1.0,
+    "capacity_2_ah": 1.0,
+    "capacity_100_ah": 0.99,
+    "fade_slope_91_100_ah": -1e-4,
 }
 
 
 def example(rt: RecordType, target: str) -> dict[str, str | float]:
     """Returns one made-up record of ``rt`` with the fields a prediction requires."""
-    return {f.name: _EXAMPLE[f.name] for f in inputs(rt, target) if f.required}
+    return {f.name: _EXAMPLE[f.name] for f in inputs(rt, target) if f.required or f.needed_where}
 
 
 def inputs(rt: RecordType, target: str) -> tuple[Field, ...]:

@@ -115,7 +115,10 @@ def _column_problems(name: str, spec: Column | MixtureColumns, rt: RecordType) -
     if isinstance(spec, MixtureColumns):
         wrong = [] if target.kind == "mixture" else [f"{name}: 'fractions' belongs to a mixture; this field is a {target.kind}"]
         return wrong if spec.fractions else [*wrong, f"{name}: 'fractions' names no column"]
-    return _unit_problems(target, spec.unit)
+    ends = [f"{name}: 'chain_ends' belongs to a SMILES; this field is a {target.kind}"] if target.kind != "smiles" else []
+    if target.kind == "smiles":
+        ends = [f"{name}: a chain end has no text" for end in spec.chain_ends if not end]
+    return (ends if spec.chain_ends else []) + _unit_problems(target, spec.unit)
 
 
 def _constant_problems(name: str, spec: Constant, rt: RecordType) -> list[str]:
@@ -242,6 +245,8 @@ def _reader(target: Field, unit: str | None, notation: Notation, spec: Column | 
         value = clean(cell)
         if cells.is_blank(value, notation.missing, symbols=symbols):
             return "", "", ""
+        for end in spec.chain_ends if spec is not None else ():
+            value = value.replace(end, "[*]")
         return (cells.plain_formula(value) if target.kind == "formula" else value), "", ""
 
     return text
@@ -346,7 +351,8 @@ def _mixtures(raw: pd.DataFrame, target: Field, spec: MixtureColumns, notation: 
 def _split_hints(raw: pd.DataFrame, source: Source, verdicts: _Verdicts) -> list[str]:
     if source.split is None:
         return [""] * len(raw)
-    meaning = {"": "", **dict.fromkeys(source.split.train, "train"), **dict.fromkeys(source.split.test, "test")}
+    train = "train" if source.split.test else "train_only"
+    meaning = {"": "", **dict.fromkeys(source.split.train, train), **dict.fromkeys(source.split.test, "test")}
     hints = []
     for i, cell in enumerate(raw[source.split.column]):
         text = cells.text_of(cell)

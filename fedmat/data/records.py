@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -78,28 +78,29 @@ class CheckReport:
         return not self.problems
 
 
-def prepare(site: SiteConfig, base: Path, folder: Path, *, target: str, admission: Admission) -> Snapshot:
+def prepare(site: SiteConfig, base: Path, folder: Path, *, target: str | Sequence[str], admission: Admission) -> Snapshot:
     """Ingests a site's data into its workspace.
 
     Args:
         base: the folder of site.yaml.
         folder: the site's workspace; see the module's head for what is written.
-        target: contract field the consortium predicts; a row without it is rejected.
+        target: contract field the consortium predicts; a row without it is rejected. Of several, a row needs one.
 
     Returns:
         The snapshot; the same data give the same digest, whatever was there before.
 
     Raises:
         ConfigError, DataError: the mapping or a source is wrong.
-        SiteRefused: too many rows rejected, too few records or groups, or a target that never varies. The quarantine is
+        SiteRefused: too many rows rejected, too few records or groups, or no target that varies. The quarantine is
             written all the same; an earlier snapshot stays as it was.
         StateError: the workspace cannot be written; what was there before stays as it was.
     """
-    rt = _record_type(site, target)
+    targets = _targets(target)
+    rt = _record_type(site, targets)
     batches = {source.name: read_source(site, source, base, rt) for source in site.sources}
-    accepted, rejected, content = _judge(site, base, rt, target, batches)
+    accepted, rejected, content = _judge(site, base, rt, targets, batches)
     quarantine.write(folder, site.site, rejected)
-    problems = _refusals(site, rt, target, admission, accepted, rejected)
+    problems = _refusals(site, rt, targets, admission, accepted, rejected)
     if problems:
         what, fix = problems[0]
         raise SiteRefused(f"site {site.site}: {what}", fix=fix)
@@ -170,38 +171,40 @@ def load_records(folder: Path) -> pd.DataFrame:
     return records
 
 
-def check(site: SiteConfig, base: Path, *, target: str, admission: Admission | None = None) -> CheckReport:
+def check(site: SiteConfig, base: Path, *, target: str | Sequence[str], admission: Admission | None = None) -> CheckReport:
     """Tells what is wrong with a site's data and mapping, in its own column names; nothing is written.
 
     Args:
         base: the folder of site.yaml.
-        target: contract field the consortium predicts.
+        target: contract field the consortium predicts, or several of which a row needs one.
         admission: the consortium's limits; the defaults when not given.
     """
     problems: list[str] = []
     batches: dict[str, RawBatch] = {}
+    targets = _targets(target)
+    named = ", ".join(targets)
     try:
-        rt = _record_type(site, target)
+        rt = _record_type(site, targets)
     except FedmatError as error:
-        return CheckReport(site.site, site.record_type, target, 0, 0, 0, 0, (), (str(error),))
+        return CheckReport(site.site, site.record_type, named, 0, 0, 0, 0, (), (str(error),))
     for source in site.sources:
         try:
             batches[source.name] = read_source(site, source, base, rt)
         except FedmatError as error:
             problems.append(str(error))
     if not batches:
-        return CheckReport(site.site, rt.name, target, 0, 0, 0, 0, (), tuple(problems))
+        return CheckReport(site.site, rt.name, named, 0, 0, 0, 0, (), tuple(problems))
     try:
-        accepted, rejected, _ = _judge(site, base, rt, target, batches)
+        accepted, rejected, _ = _judge(site, base, rt, targets, batches)
     except FedmatError as error:
-        return CheckReport(site.site, rt.name, target, 0, 0, 0, 0, (), (*problems, str(error)))
+        return CheckReport(site.site, rt.name, named, 0, 0, 0, 0, (), (*problems, str(error)))
     n_rejected = sum(quarantine.counts(rejected).values())
-    refused = _refusals(site, rt, target, admission or Admission(), accepted, rejected)
+    refused = _refusals(site, rt, targets, admission or Admission(), accepted, rejected)
     torn = splits.torn_groups(accepted)
     return CheckReport(
         site=site.site,
         record_type=rt.name,
-        target=target,
+        target=named,
         n_rows=len(accepted) + n_rejected,
         n_accepted=len(accepted),
         n_rejected=n_rejected,
@@ -215,23 +218,31 @@ def check(site: SiteConfig, base: Path, *, target: str, admission: Admission | N
 # --- judging -------------------------------------------------------------------------------------------------------
 
 
-def _record_type(site: SiteConfig, target: str) -> RecordType:
+def _targets(target: str | Sequence[str]) -> tuple[str, ...]:
+    targets = (target,) if isinstance(target, str) else tuple(target)
+    if not targets:
+        raise ConfigError("no target is named", fix="name the contract field, or fields, to be predicted")
+    return targets
+
+
+def _record_type(site: SiteConfig, targets: Sequence[str]) -> RecordType:
     rt = record_type(site.record_type)
-    if rt.field(target).kind != "number":
-        raise ConfigError(
-            f"site {site.site}: target '{target}' is a {rt.field(target).kind}, not a number",
-            fix=f"predict one of {', '.join(f.name for f in rt.fields if f.measured)}",
-        )
+    for target in targets:
+        if rt.field(target).kind != "number":
+            raise ConfigError(
+                f"site {site.site}: target '{target}' is a {rt.field(target).kind}, not a number",
+                fix=f"predict one of {', '.join(f.name for f in rt.fields if f.measured)}",
+            )
     return rt
 
 
 def _judge(
-    site: SiteConfig, base: Path, rt: RecordType, target: str, batches: Mapping[str, RawBatch]
+    site: SiteConfig, base: Path, rt: RecordType, targets: Sequence[str], batches: Mapping[str, RawBatch]
 ) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Returns accepted records (all columns of records.parquet), one line for every bad cell, the accepted rows' digest."""
     frames = [b.frame for b in batches.values() if len(b.frame)]
     everything = pd.concat(frames, ignore_index=True) if frames else next(iter(batches.values())).frame
-    accepted, judged = validation.split_valid(everything, rt, target=target)
+    accepted, judged = validation.split_valid(everything, rt, target=targets)
     lines = [b.rejected for b in batches.values()] + [quarantine.complete(site, base, judged)]
     rejected = pd.concat([line for line in lines if len(line)] or lines[:1], ignore_index=True)
     order = {source.name: i for i, source in enumerate(site.sources)}
@@ -264,14 +275,21 @@ def _as_records(accepted: pd.DataFrame, site: SiteConfig, rt: RecordType) -> tup
 
 
 def _refusals(
-    site: SiteConfig, rt: RecordType, target: str, admission: Admission, accepted: pd.DataFrame, rejected: pd.DataFrame
+    site: SiteConfig,
+    rt: RecordType,
+    targets: Sequence[str],
+    admission: Admission,
+    accepted: pd.DataFrame,
+    rejected: pd.DataFrame,
 ) -> list[Problem]:
     """Returns every reason for which these records may not take part, the most telling one first."""
     counts = quarantine.counts(rejected)
     n_rejected = sum(counts.values())
     n_rows = len(accepted) + n_rejected
     places = "; ".join(f"source '{s.name}' ({s.path or s.adapter})" for s in site.sources)
-    field_of = "; ".join(f"{s.name}: column {quarantine.own_column(s, target)}" for s in site.sources)
+    field_of = "; ".join(
+        f"{s.name}: column {', '.join(quarantine.own_column(s, target) for target in targets)}" for s in site.sources
+    )
     out: list[Problem] = []
     if n_rows and n_rejected / n_rows > admission.max_rejected_fraction:
         by_reason = ", ".join(f"{code} {n}" for code, n in counts.items())
@@ -297,10 +315,11 @@ def _refusals(
                 "add data, or ask the operator to lower admission.min_train_records",
             )
         )
-    if accepted[target].nunique() < 2:
+    if all(accepted[target].nunique() < 2 for target in targets):
+        named = "', '".join(targets)
         out.append(
             (
-                f"field '{target}' has the same value in all {len(accepted)} records of {places} ({field_of}): nothing to learn",
+                f"field '{named}' has the same value in all {len(accepted)} records of {places} ({field_of}): nothing to learn",
                 "check which column the target is mapped to, and 'where' and 'select' in site.yaml",
             )
         )

@@ -51,6 +51,7 @@ _HINTS = {
     "m": "m is the metre; write mol/kg for molal",
 }
 _LOGARITHM = re.compile(r"^(log10|log|lg|ln)\s*[(\[]\s*(.*?)\s*[)\]]$", re.IGNORECASE)
+_CYCLES = re.compile(r"\bcycles?\b")
 _BARE_POWER = re.compile(r"(?<=[A-Za-zΩµμ%Å])([-+]?\d+)(?![A-Za-z\d])")
 _MAX_LENGTH = 80
 
@@ -79,6 +80,7 @@ def _parse(unit: str) -> Any:
     text = _ALIASES.get(text, text)
     text = re.sub(r"(?<=[A-Za-zΩµμ])\.(?=[A-Za-zΩµμ])", "*", text)  # mS.cm-1
     text = _BARE_POWER.sub(r"**\1", text)  # cm-1 means cm**-1
+    text = _CYCLES.sub("count", text)  # a cell's cycles are counted; pint reads a cycle as an angle, 2 pi
     try:
         return _registry().parse_units(text)
     except Exception:  # noqa: BLE001  pint lets any kind of error through for text it cannot read

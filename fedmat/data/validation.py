@@ -32,6 +32,7 @@ from fedmat.errors import DataError, SiteRefused
 
 REASONS = {
     "missing": "the value is absent",
+    "no_target": "none of the values to be predicted is there",
     "not_a_number": "the cell is not plainly one finite number",
     "not_positive": "the value is zero or negative",
     "out_of_range": "the value lies outside the contract's limits",
@@ -63,13 +64,15 @@ class BatchResult:
     document: dict[str, Any]
 
 
-def split_valid(df: pd.DataFrame, rt: RecordType, *, target: str | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+def split_valid(
+    df: pd.DataFrame, rt: RecordType, *, target: str | Sequence[str] | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Divides records into accepted and rejected ones.
 
     Args:
         df: one row per record; the contract's fields in the contract's units, absent optional columns allowed; other
             columns (source, row number) are carried along.
-        target: field that must be present even if the contract calls it optional.
+        target: field that must be present even if the contract calls it optional; of several, at least one must be.
 
     Returns:
         The accepted records with every field in its canonical form, and the rejected ones as they came with ``field``,
@@ -79,8 +82,12 @@ def split_valid(df: pd.DataFrame, rt: RecordType, *, target: str | None = None) 
     Raises:
         DataError: a required column is missing altogether.
     """
+    targets = () if target is None else (target,) if isinstance(target, str) else tuple(target)
     frame, found = _canonical_form(df, rt)
-    found += _schema_problems(frame, rt, () if target is None else (target,))
+    found += _schema_problems(frame, rt, targets if len(targets) == 1 else ())
+    found += _companions_missing(frame, rt)
+    if len(targets) > 1:
+        found += [(int(i), "", "no_target") for i in np.flatnonzero(frame[list(targets)].isna().all(axis=1))]
     bad = {row for row, _, _ in found}
     good = np.array([i not in bad for i in range(len(frame))], dtype=bool)
     repeats = np.zeros(len(frame), dtype=bool)
@@ -112,6 +119,7 @@ def coerce(df: pd.DataFrame, rt: RecordType, *, need_target: str | None = None) 
     )
     frame, found = _canonical_form(df, wanted)
     found += _schema_problems(frame, wanted, () if need_target is None else (need_target,))
+    found += _companions_missing(frame, wanted)
     found = _one_reason_a_cell(found, rt)
     if found:
         lines = []
@@ -275,6 +283,16 @@ def _schema_problems(frame: pd.DataFrame, rt: RecordType, required: Iterable[str
             raise DataError(f"{rt.name} records: column {column} is not of the contract's type", fix="report this as a fault")
         found.append((int(row), str(column), "missing" if check == "not_nullable" else str(check)))
     return found
+
+
+def _companions_missing(frame: pd.DataFrame, rt: RecordType) -> list[Problem]:
+    """Returns optional texts that are absent although the number they belong to is above zero."""
+    return [
+        (int(i), field.name, "missing")
+        for field in rt.fields
+        if field.needed_where
+        for i in np.flatnonzero((frame[field.name] == "").to_numpy() & (frame[field.needed_where] > 0).to_numpy())
+    ]
 
 
 def _one_reason_a_cell(found: list[Problem], rt: RecordType) -> list[Problem]:

@@ -4,7 +4,7 @@ Knows: contract fields and elementary transforms. Refuses to know: chemistry.
 
 Every field gives its plain value unless ``transforms`` says otherwise; a field in kelvin gives ``1000/T`` by default,
 the variable in which thermally activated transport is a straight line (Arrhenius). Transforms, one or a list per field:
-``identity``, ``inverse`` (1000/x), ``log`` (log10 x), ``sqrt``, ``square``.
+``identity``, ``inverse`` (1000/x), ``log`` (log10 x), ``log_abs`` (log10 |x|), ``sqrt``, ``square``.
 
 A category field gives one 0/1 column per category of the contract, or per name in ``categories``; a value outside
 the list has its own column ``<field>=other``, so an unknown category shifts a prediction by one bounded step only.
@@ -28,6 +28,7 @@ TRANSFORMS: Mapping[str, tuple[str, Callable[[Array], Array]]] = {
     "identity": ("{}", lambda x: x),
     "inverse": ("1000/{}", lambda x: 1000.0 / x),
     "log": ("log10({})", np.log10),
+    "log_abs": ("log10|{}|", lambda x: np.asarray(np.log10(np.abs(x)))),
     "sqrt": ("sqrt({})", np.sqrt),
     "square": ("{}^2", np.square),
 }

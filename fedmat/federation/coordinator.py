@@ -18,15 +18,22 @@ import numpy as np
 from fedmat import files, wire
 from fedmat import weights as wts
 from fedmat.aggregation.linear import LinearRule, equal_shares, row_shares
+from fedmat.assurance import duplicates, uncertainty
 from fedmat.domain import (
     Array,
     Attestation,
     AttestRequest,
+    CalibrateRequest,
+    Calibration,
     Checkpoint,
     Delivery,
     Dropout,
     GlobalModel,
+    MatchRequest,
+    Offer,
     Rejection,
+    Removed,
+    RemoveRequest,
     RoundReport,
     Statistics,
     StatisticsRequest,
@@ -37,9 +44,13 @@ from fedmat.errors import RoundFailed, SiteRefused, StateError, WireError
 from fedmat.federation.engine import Engine
 from fedmat.federation.plan import Plan
 from fedmat.federation.scaling import federated_scaler
+from fedmat.models.laws import temperature_columns
 from fedmat.weights import Weights
 
-CHECKPOINT, ROUNDS, SETUP = "checkpoint.safetensors", "rounds.jsonl", "attestations.json"
+CHECKPOINT, ROUNDS, SETUP, INTERVALS, MATCHING = (
+    "checkpoint.safetensors", "rounds.jsonl", "attestations.json", "intervals.json", "matching.json",
+)  # fmt: skip
+_AVERAGE = "average"  # in the checkpoint's server state: the running sum of the weights to be averaged
 
 
 class Coordinator:
@@ -66,12 +77,14 @@ class Coordinator:
             SiteRefused: sites disagree about features.
             StateError: the checkpoint belongs to another plan or to other data.
         """
-        setup_bytes = self._attest(engine)
+        setup_bytes = self._attest(engine, self._match(engine))
         state = self._restore() or self._start(engine, setup_bytes)
         while state.next_round < self.plan.settings.rounds:
             report, state = self._round(engine, state)
             self._save(report, state)
             yield report
+        if not (self.folder / INTERVALS).exists():
+            self._calibrate(engine, state)
 
     def model(self) -> GlobalModel:
         """Returns the finished global model.
@@ -83,21 +96,69 @@ class Coordinator:
         if state is None or state.next_round < self.plan.settings.rounds:
             done = 0 if state is None else state.next_round
             raise StateError(f"{self.folder}: {done} of {self.plan.settings.rounds} rounds are done", fix="run it again")
-        return GlobalModel(state.weights, state.scaler, self._spec())
+        return GlobalModel(self._final(state), state.scaler, self._spec() | {"interval": self.intervals()})
+
+    def intervals(self) -> dict[str, object]:
+        """Returns the level and half-widths (transformed target's unit) of prediction intervals: overall and by site.
+
+        A half-width is None where the sites' errors are too few for the level.
+        """
+        found: dict[str, object] = files.read_json(self.folder / INTERVALS)
+        return found
 
     # --- before the first round ----------------------------------------------------------------------------------
 
-    def _attest(self, engine: Engine) -> dict[str, int]:
+    def _match(self, engine: Engine) -> tuple[str, ...]:
+        """Has training rows left out that repeat another site's or anyone's test rows; returns the sites that did so.
+
+        A site that does not say what it holds, or does not confirm what it left out, takes no part: its rows could be in
+        the test. A run that goes on does not ask again; the sites remember.
+        """
+        plan, path = self.plan, self.folder / MATCHING
+        if not plan.settings.deduplicate:
+            return plan.roster
+        if path.exists() and (self.folder / CHECKPOINT).exists():
+            return tuple(files.read_json(path)["removed"])
+        deadline = plan.settings.deadline_s
+        offers: dict[str, Offer] = {}
+        for d in engine.broadcast(MatchRequest(plan.sha256), plan.roster, deadline):
+            if isinstance(d.answer, Offer):
+                offers[d.site] = d.answer
+            else:
+                self._failures.append(_failure(d, "gave no list of keys"))
+        found = duplicates.find(offers)
+        requests = {s: RemoveRequest(plan.sha256, r) for s, r in found.removals.items()}
+        removed: dict[str, dict[str, int]] = {}
+        for d in engine.scatter(requests, deadline):
+            if isinstance(d.answer, Removed) and d.answer.site == d.site:
+                removed[d.site] = d.answer.counts
+            else:
+                self._failures.append(_failure(d, "did not confirm what it left out"))
+        document = {
+            "removed": {s: removed[s] for s in sorted(removed)},
+            "shared": [{"sites": list(pair), "measurements": n} for pair, n in sorted(found.shared.items()) if n],
+            "leaks": [{"training": a, "test": b, "materials": n} for (a, b), n in sorted(found.leaks.items()) if n],
+        }
+        files.write_json(path, document)
+        return tuple(sorted(removed))
+
+    def _attest(self, engine: Engine, sites: Sequence[str]) -> dict[str, int]:
         request = AttestRequest(self.plan.sha256)
-        deliveries = engine.broadcast(request, self.plan.roster, self.plan.settings.deadline_s)
+        deliveries = engine.broadcast(request, sites, self.plan.settings.deadline_s)
         good = {d.site: d.answer for d in deliveries if isinstance(d.answer, Attestation) and d.answer.site == d.site}
-        self._failures = [_failure(d, "attested for another site") for d in deliveries if d.site not in good]
+        self._failures += [_failure(d, "attested for another site") for d in deliveries if d.site not in good]
         self._need_quorum("attestation", good, deliveries)
         digests = {a.features_sha256 for a in good.values()}
         if len(digests) > 1:
             raise SiteRefused(
                 f"sites compute different features: {', '.join(f'{s} {a.features_sha256[:8]}' for s, a in sorted(good.items()))}",
                 fix="install the same fedmat version at every site and use the same consortium.yaml",
+            )
+        wrong = sorted(s for s, a in good.items() if len(a.labels) != len(self.plan.tasks))
+        if wrong:
+            raise SiteRefused(
+                f"{', '.join(wrong)}: attests labels of another number of tasks than the plan's {len(self.plan.tasks)}",
+                fix="use the same consortium.yaml at every site",
             )
         self.attestations = {s: good[s] for s in sorted(good)}
         return {d.site: d.bytes_down + d.bytes_up for d in deliveries}
@@ -109,11 +170,13 @@ class Coordinator:
         good: dict[str, Statistics] = {}
         for d in deliveries:
             a = d.answer
-            if isinstance(a, Statistics) and a.site == d.site and _sound(a, width, self.attestations[d.site].n_train):
+            if isinstance(a, Statistics) and a.site == d.site and _sound(a, width, self.attestations[d.site]):
                 good[d.site] = a
         self._failures += [_failure(d, "sums that do not fit what it attested") for d in deliveries if d.site not in good]
         self._need_quorum("statistics", good, deliveries)
-        scaler = federated_scaler([good[s] for s in sorted(good)], binary=self.plan.task.kind == "binary")
+        lawful = any(t.law != "none" for t in self.plan.tasks)
+        drop = temperature_columns(next(iter(self.attestations.values())).feature_names) if lawful else None
+        scaler = federated_scaler([good[s] for s in sorted(good)], binary=self.plan.task.kind == "binary", drop=drop)
         weights = self._initial(int(scaler.active.sum()))
         control = wts.zeros_like(weights) if self.plan.settings.algorithm == "scaffold" else {}
         state = Checkpoint(self.plan.sha256, self._attested(), 0, weights, control, scaler, {})
@@ -153,8 +216,11 @@ class Coordinator:
         shares = self._shares(sites)
         order = [shares[s] for s in sites]
         total = self._rule.total([wts.flatten(updates[s].delta) for s in sites], order)
-        step, server = self._rule.finish(total, state.server)
+        average = state.server.get(_AVERAGE)
+        step, server = self._rule.finish(total, {k: v for k, v in state.server.items() if k != _AVERAGE})
         weights = wts.unflatten(wts.flatten(state.weights) + step, state.weights)
+        if number >= plan.settings.rounds - plan.settings.average_last:
+            server = server | {_AVERAGE: wts.flatten(weights) + (0.0 if average is None else average)}
         control = state.control
         if control:  # SCAFFOLD, Algorithm 1 line 17: plain mean, scaled by the share of sites taking part
             mean = self._rule.total([wts.flatten(updates[s].control_delta) for s in sites], [1 / len(sites)] * len(sites))
@@ -175,7 +241,7 @@ class Coordinator:
             rejections=tuple(rejections),
             bytes_down={d.site: d.bytes_down for d in deliveries},
             bytes_up={d.site: d.bytes_up for d in deliveries},
-            model_sha256=files.sha256(wire.encode(GlobalModel(weights, state.scaler, self._spec()))),
+            model_sha256=wire.weights_digest(self._final(following), state.scaler),
             plan_sha256=plan.sha256,
             validation=_validation({s: updates[s].validation for s in sites}),
             seconds=seconds,
@@ -228,19 +294,40 @@ class Coordinator:
     def _attested(self) -> str:
         return files.sha256(files.canonical_json(wire.plain(self.attestations)))
 
+    def _final(self, state: Checkpoint) -> Weights:
+        """Returns the model's weights if no further round came: the last ones, or the mean of those to be averaged."""
+        s = self.plan.settings
+        averaged = state.next_round - (s.rounds - s.average_last)
+        if not s.average_last or averaged < 1:
+            return state.weights
+        return wts.unflatten(state.server[_AVERAGE] / averaged, state.weights)
+
+    def _calibrate(self, engine: Engine, state: Checkpoint) -> None:
+        """Asks how far off the finished model is on rows no member saw, and fixes the half-widths of its intervals."""
+        plan, level = self.plan, self.plan.settings.interval_level
+        found: dict[str, object] = {"level": level, "half_width": None, "sites": {}}
+        if plan.task.kind != "binary":
+            request = CalibrateRequest(plan.sha256, self._final(state), state.scaler)
+            deliveries = engine.broadcast(request, tuple(self.attestations), plan.settings.deadline_s)
+            sketches = {}
+            for d in deliveries:
+                a = d.answer
+                most = self.attestations[d.site].n_train + self.attestations[d.site].n_validation
+                if isinstance(a, Calibration) and a.site == d.site and uncertainty.sound(a.sketch, most):
+                    sketches[d.site] = a.sketch
+            unit = float(state.scaler.y_scale[0])
+            widths = {s: q * unit for s, q in uncertainty.mondrian(sketches, level).items()} if sketches else {}
+            overall = uncertainty.quantile(uncertainty.merge(list(sketches.values())), level) * unit
+            found |= {
+                "half_width": _finite(overall),
+                "sites": {s: _finite(w) for s, w in widths.items()},
+                "units": {s: float(sketches[s].sum()) for s in sorted(sketches)},
+            }
+        files.write_json(self.folder / INTERVALS, found)
+
     def _spec(self) -> dict[str, object]:
-        plan = self.plan.as_json()
         first = next(iter(self.attestations.values()))
-        return {
-            "schema": "fedmat/model/1",
-            "record_type": plan["task"]["record_type"],
-            "task": plan["task"],
-            "features": tuple(plan["features"]),
-            "feature_names": tuple(first.feature_names),
-            "features_sha256": first.features_sha256,
-            "model": plan["model"],
-            "plan_sha256": self.plan.sha256,
-        }
+        return self.plan.model_spec(first.feature_names, first.features_sha256)
 
     def _restore(self) -> Checkpoint | None:
         path = self.folder / CHECKPOINT
@@ -261,7 +348,7 @@ class Coordinator:
         """Takes up what the sites attested when the run began; a site that now attests other data stops the run."""
         path = self.folder / SETUP
         stored = {
-            site: Attestation(**{**entry, "feature_names": tuple(entry["feature_names"])})
+            site: Attestation(**{**entry, **{k: tuple(entry[k]) for k in ("feature_names", "labels")}})
             for site, entry in files.read_json(path)["attestations"].items()
         }
         now, self.attestations = self.attestations, stored
@@ -298,12 +385,18 @@ def _failure(delivery: Delivery, otherwise: str) -> Dropout | Rejection:
     return Rejection(delivery.site, "malformed", otherwise)
 
 
-def _sound(s: Statistics, width: int, rows: int) -> bool:
-    shapes = s.count.shape == s.total.shape == s.total_squares.shape == (width,) and s.target.shape == (3,)
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _sound(s: Statistics, width: int, attested: Attestation) -> bool:
+    rows = attested.n_train
+    shapes = s.count.shape == s.total.shape == s.total_squares.shape == (width,) and s.target.shape == (len(attested.labels), 3)
     return bool(
         shapes
         and all(np.isfinite(a).all() for a in (s.count, s.total, s.total_squares, s.target))
-        and s.target[0] == rows  # no site may count for more rows than it attested
+        and tuple(s.target[:, 0]) == attested.labels  # no site may count for more labels than it attested
+        and max(attested.labels) <= rows
         and (s.count <= rows).all()
         and (s.count >= 0).all()
     )

@@ -21,9 +21,15 @@ from fedmat.domain import (
     AttestRequest,
     Baseline,
     BaselineRequest,
+    CalibrateRequest,
+    Calibration,
     Delivery,
     Dropout,
     EvaluateRequest,
+    MatchRequest,
+    Offer,
+    Removed,
+    RemoveRequest,
     Evaluation,
     Rejection,
     Request,
@@ -37,11 +43,14 @@ from fedmat.errors import FedmatError, WireError
 Handler = Callable[[bytes], bytes]
 _START_UP_S = 300.0  # imports and features of a site's own process; not counted against its deadline
 _EXPECTED: dict[type, type] = {
+    MatchRequest: Offer,
+    RemoveRequest: Removed,
     AttestRequest: Attestation,
     StatisticsRequest: Statistics,
     TrainRequest: Update,
     BaselineRequest: Baseline,
     EvaluateRequest: Evaluation,
+    CalibrateRequest: Calibration,
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmat.assurance.uncertainty import coverage
 from fedmat.domain import Array, Evaluation
 
 RESAMPLES = 1000
@@ -42,23 +43,33 @@ def evaluate(
     kind: str,
     rng: np.random.Generator,
     floor: int,
+    target: str = "",
+    radius: float | None = None,
+    pairs: bool = False,
 ) -> Evaluation:
     """Returns a site's sums with the bootstrap spread of its MAE over groups.
 
     Args:
         group: rows of one group are resampled together (they are not independent measurements).
         floor: cells of the parity histogram with fewer counts are reported as 0.
+        target: the task scored.
+        radius: half-width of the intervals whose coverage is counted.
+        pairs: give the MAE of every resample, to compare two arms in pairs.
     """
+    if not len(truth):
+        return Evaluation(site, arm, split, np.zeros(5), 0, math.nan, math.nan, math.nan, target=target)
     absolute = np.abs(predicted - truth)
     _, code = np.unique(group, return_inverse=True)
     n_groups = int(code.max(initial=-1)) + 1
     per_group = np.bincount(code, weights=absolute, minlength=n_groups)
     size = np.bincount(code, minlength=n_groups).astype(np.float64)
     se, low, high = math.nan, math.nan, math.nan
+    kept = np.zeros(0)
     if n_groups > 1:
         draws = rng.multinomial(n_groups, np.full(n_groups, 1.0 / n_groups), size=RESAMPLES).astype(np.float64)
         maes = (draws @ per_group) / (draws @ size)
         se, low, high = float(maes.std(ddof=1)), *(float(q) for q in np.quantile(maes, [0.025, 0.975]))
+        kept = maes if pairs else kept
     edges, histogram, scores = np.zeros(0), np.zeros((0, 0)), np.zeros((2, 0))
     if kind == "binary":
         bins = np.linspace(0.0, 1.0, SCORE_BINS + 1)
@@ -67,7 +78,14 @@ def evaluate(
         edges = parity_edges(truth, predicted)
         histogram = np.histogram2d(truth, np.clip(predicted, edges[0], edges[-1]), bins=[edges, edges])[0]
         histogram = np.where(histogram >= floor, histogram, 0.0)
-    return Evaluation(site, arm, split, residual_sums(truth, predicted), n_groups, se, low, high, edges, histogram, scores)
+    covered = np.zeros(0)
+    if radius is not None and kind != "binary":
+        found = coverage(truth, predicted - radius, predicted + radius, group)
+        covered = np.array([found.covered, found.low, found.high, radius])
+    sums = residual_sums(truth, predicted)
+    return Evaluation(
+        site, arm, split, sums, n_groups, se, low, high, edges, histogram, scores, target, covered, kept
+    )  # fmt: skip
 
 
 def parity_edges(truth: Array, predicted: Array) -> Array:
@@ -78,13 +96,15 @@ def parity_edges(truth: Array, predicted: Array) -> Array:
     return np.linspace(low, high if high > low else low + step, PARITY_BINS + 1)
 
 
-def metrics(evaluations: Iterable[Evaluation], kind: str) -> dict[str, Any]:
-    """Returns exact metrics over all rows of ``evaluations`` (one arm, disjoint rows).
+def metrics(evaluations: Iterable[Evaluation], kind: str) -> dict[str, Any] | None:
+    """Returns exact metrics over all rows of ``evaluations`` (one arm, disjoint rows); None where there is no row.
 
     The interval of MAE is the sites' stratified bootstrap: variances of the sites' sums add up; for one site it is the
     site's own percentile interval. A missing spread (one group) makes the interval None, never zero.
     """
-    parts = sorted(evaluations, key=lambda e: e.site)
+    parts = sorted((e for e in evaluations if e.sums[0] > 0), key=lambda e: e.site)
+    if not parts:
+        return None
     total = np.sum([e.sums for e in parts], axis=0)
     n, absolute, square, y, y2 = (float(v) for v in total)
     out: dict[str, Any] = {"n": int(n), "n_groups": sum(e.n_groups for e in parts)}
@@ -101,6 +121,12 @@ def metrics(evaluations: Iterable[Evaluation], kind: str) -> dict[str, Any]:
     out["rmse"] = math.sqrt(square / n)
     around = y2 - y * y / n
     out["r2"] = 1.0 - square / around if around > 1e-12 * max(1.0, y2) else None
+    if all(len(e.coverage) for e in parts):
+        rows = np.array([e.sums[0] for e in parts])
+        covered = np.array([e.coverage for e in parts])
+        out["interval"] = {"covered": float(covered[:, 0].sum() / n), "half_width": float(rows @ covered[:, 3] / n)}
+        if len(parts) == 1:
+            out["interval"] |= {"low": float(covered[0, 1]), "high": float(covered[0, 2])}
     if kind == "binary":
         out |= {"auc": area_under_curve([e.scores for e in parts]), "accuracy": _accuracy([e.scores for e in parts])}
     return out

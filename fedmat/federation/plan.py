@@ -7,6 +7,7 @@ how messages are delivered; neither changes the model, so neither is in the plan
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ class Plan:
     consortium: str
     simulated: bool
     roster: tuple[str, ...]
-    task: Task
+    tasks: tuple[Task, ...]
     features: tuple[FeatureSpec, ...]
     model: ModelSpec
     splits: Splits
@@ -43,18 +44,24 @@ class Plan:
             PlanRefused: two settings exclude each other; the message names both and the way out.
         """
         return cls(
-            config.name, config.simulated, config.roster, config.task, config.features, config.model, config.splits,
+            config.name, config.simulated, config.roster, config.tasks, config.features, config.model, config.splits,
             config.admission, config.plan,
         )  # fmt: skip
+
+    @property
+    def task(self) -> Task:
+        """The first task: the one whose metric a run is judged by."""
+        return self.tasks[0]
 
     def as_json(self) -> dict[str, Any]:
         """Returns the plan as plain JSON, without what only says how messages are delivered."""
         return {
-            "schema": "fedmat/plan/1",
+            "schema": "fedmat/plan/2",
             "consortium": self.consortium,
             "simulated": self.simulated,
             "roster": list(self.roster),
             "task": self.task.model_dump(mode="json"),
+            "auxiliary": [t.model_dump(mode="json") for t in self.tasks[1:]],
             "features": [f.model_dump(mode="json") for f in self.features],
             "model": self.model.model_dump(mode="json"),
             "splits": self.splits.model_dump(mode="json"),
@@ -66,6 +73,23 @@ class Plan:
     def sha256(self) -> str:
         """Digest of :meth:`as_json` in canonical form."""
         return files.sha256(files.canonical_json(self.as_json()))
+
+    def model_spec(self, feature_names: Sequence[str], features_sha256: str) -> dict[str, object]:
+        """Returns what stands beside the weights of a model of this plan, so that raw records can be predicted with it."""
+        plan = self.as_json()
+        return {
+            "schema": "fedmat/model/2",
+            "record_type": plan["task"]["record_type"],
+            "task": plan["task"],
+            "auxiliary": tuple(plan["auxiliary"]),
+            "features": tuple(plan["features"]),
+            "feature_names": tuple(feature_names),
+            "features_sha256": features_sha256,
+            "model": plan["model"],
+            "ensemble": self.settings.ensemble,
+            "private": tuple(self.settings.personalization.private),
+            "plan_sha256": self.sha256,
+        }
 
     def factor(self, round_number: int) -> float:
         """Returns the learning-rate factor of a round (0-based)."""
@@ -84,9 +108,19 @@ class Plan:
         """Returns the local learning rate of a round (0-based)."""
         return self.settings.local.lr * self.factor(round_number)
 
-    def rates(self, steps_per_round: int) -> NDArray[np.float64]:
-        """Returns the learning rate of every step of a run without rounds (local-only, pooled), same schedule."""
-        return np.repeat([self.lr(r) for r in range(self.settings.rounds)], steps_per_round)
+    def steps(self, round_number: int) -> int:
+        """Returns the local steps of a round (0-based)."""
+        s = self.settings
+        progress = round_number / max(1, s.rounds - 1)
+        return max(1, round(s.local.steps * (1.0 + (s.schedule.final_steps_factor - 1.0) * progress)))
+
+    def rates(self, sites: int = 1) -> NDArray[np.float64]:
+        """Returns the learning rate of every step of a run without rounds, same schedule.
+
+        Args:
+            sites: the steps of how many sites are taken (1 for local-only, all for pooled).
+        """
+        return np.concatenate([np.full(self.steps(r) * sites, self.lr(r)) for r in range(self.settings.rounds)])
 
 
 def _refuse(plan: Plan) -> None:
@@ -108,6 +142,33 @@ def _refuse(plan: Plan) -> None:
         raise PlanRefused(
             f"plan.algorithm {s.algorithm} and plan.local.mu {s.local.mu} disagree",
             fix="fedprox needs local.mu > 0 (0.01 to 1 is usual); every other algorithm needs mu: 0",
+        )
+    personal = s.personalization
+    if personal.head_steps and "head" not in personal.private:
+        raise PlanRefused(
+            "plan.personalization.head_steps needs a head that the site keeps",
+            fix="add private: [head], or set head_steps: 0",
+        )
+    if personal.head_steps >= min(plan.steps(0), plan.steps(s.rounds - 1)):
+        raise PlanRefused(
+            f"plan.personalization.head_steps {personal.head_steps} leaves no step of a round for the rest of the network",
+            fix="raise plan.local.steps or lower head_steps",
+        )
+    if s.average_last > s.rounds:
+        raise PlanRefused(
+            f"plan.average_last {s.average_last} and plan.rounds {s.rounds}: there are not that many rounds to average",
+            fix="lower plan.average_last",
+        )
+    if personal.private and (s.algorithm == "scaffold" or s.server.name != "sgd"):
+        raise PlanRefused(
+            f"plan.personalization.private and {'plan.algorithm scaffold' if s.algorithm == 'scaffold' else 'plan.server.name'}: "
+            "parts that stay at a site have no common step for the coordinator to correct",
+            fix="use plan.server.name: sgd and another algorithm, or private: []",
+        )
+    if plan.model.graph is not None and "norm" in personal.private:
+        raise PlanRefused(
+            "plan.personalization.private norm and model.graph: a graph network has no input scale to keep",
+            fix="private: [head]",
         )
     if s.algorithm == "scaffold":
         for name, wrong, fix in (

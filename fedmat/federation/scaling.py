@@ -8,42 +8,62 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedmat.domain import Array, Scaler, Statistics
 from fedmat.errors import SiteRefused
 
 
 def column_sums(site: str, x: Array, y: Array) -> Statistics:
-    """Returns count, sum and sum of squares of every column of ``x`` (``n x p``, NaN = missing) and of ``y`` (``n``)."""
+    """Returns count, sum and sum of squares of every column of ``x`` (``n x p``) and of ``y`` (``n x n_tasks``); NaN = missing."""
+    count, total, squares = _sums(x)
+    return Statistics(site, count, total, squares, np.stack(_sums(y), axis=1))
+
+
+def _sums(x: Array) -> tuple[Array, Array, Array]:
     there = np.isfinite(x)
     known = np.where(there, x, 0.0)
-    target = np.array([len(y), y.sum(), np.square(y).sum()])
-    return Statistics(site, there.sum(0).astype(np.float64), known.sum(0), np.square(known).sum(0), target)
+    return there.sum(0).astype(np.float64), known.sum(0), np.square(known).sum(0)
 
 
-def federated_scaler(statistics: Sequence[Statistics], *, binary: bool) -> Scaler:
+def federated_scaler(
+    statistics: Sequence[Statistics], *, binary: bool, drop: NDArray[np.bool_] | None = None, known: Scaler | None = None
+) -> Scaler:
     """Returns the consortium's standardisation from the sites' sums, in the order given.
 
     A feature that is constant over all training rows (relative variance below 1e-9) is switched off.
+
+    Args:
+        drop: features that are switched off whatever they are (temperature, where a law takes it), shape ``p``.
+        known: gives the mean and spread of a target that these sites do not state or that does not vary; without it such a
+            target is refused.
     """
     count = sum((s.count for s in statistics), np.zeros_like(statistics[0].count))
     total = sum((s.total for s in statistics), np.zeros_like(statistics[0].total))
     squares = sum((s.total_squares for s in statistics), np.zeros_like(statistics[0].total))
-    target = sum((s.target for s in statistics), np.zeros(3))
     safe = np.maximum(count, 1.0)
     mean = total / safe
     second = squares / safe
     variance = np.maximum(second - np.square(mean), 0.0)
     active = (variance > 1e-9 * second) & (count > 1)
+    if drop is not None:
+        active &= ~drop
     scale = np.where(active, np.sqrt(variance), 1.0)
-    if binary:
-        y_mean, y_scale = 0.0, 1.0
-    else:
-        y_mean = float(target[1] / target[0])
-        y_variance = float(target[2] / target[0]) - y_mean**2
-        if y_variance <= 1e-12 * max(1.0, float(target[2] / target[0])):
-            raise SiteRefused("all training labels of the consortium are equal", fix="check the target's column and unit")
-        y_scale = float(np.sqrt(y_variance))
+    target = sum((s.target for s in statistics), np.zeros_like(statistics[0].target))
+    y_mean, y_scale = np.zeros(len(target)), np.ones(len(target))
+    for t, (n, y_sum, y_squares) in enumerate(target if not binary else ()):
+        y_second = y_squares / max(n, 1.0)
+        y_mean[t] = y_sum / max(n, 1.0)
+        y_variance = y_second - y_mean[t] ** 2
+        if y_variance > 1e-12 * max(1.0, y_second):
+            y_scale[t] = np.sqrt(y_variance)
+        elif known is not None:
+            y_mean[t], y_scale[t] = known.y_mean[t], known.y_scale[t]
+        else:
+            raise SiteRefused(
+                "all training labels of the consortium are equal" if n else f"no site states a label of task {t + 1}",
+                fix="check the target's column and unit",
+            )
     if not active.any():
         raise SiteRefused("no feature varies over the consortium's training records", fix="add features or conditions")
     return Scaler(np.where(active, mean, 0.0), scale, active.astype(np.float64), y_mean, y_scale)

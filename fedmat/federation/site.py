@@ -1,19 +1,23 @@
 """The only place where records' numbers and the wire meet: reading this file is reviewing what leaves a company.
 
 Knows: one site's feature table, and how to answer each kind of request. What leaves, in full:
-attestations (digests and counts), sums over training rows, weight changes, sums over held-out rows.
+attestations (digests and counts), sums over training rows, weight changes, sums over held-out rows, counts of errors by size.
 Refuses to know: other sites, the coordinator, how messages are delivered.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedmat import files, wire
 from fedmat import weights as wts
+from fedmat.assurance import duplicates, uncertainty
 from fedmat.data.contract import CONTRACT_VERSION
 from fedmat.domain import (
     Answer,
@@ -22,10 +26,22 @@ from fedmat.domain import (
     AttestRequest,
     Baseline,
     BaselineRequest,
+    CalibrateRequest,
+    Calibration,
+    Digests,
     EvaluateRequest,
     Evaluation,
+    GlobalModel,
+    MatchRequest,
+    Network,
+    Offer,
+    OwnArm,
+    Removal,
+    Removed,
+    RemoveRequest,
     Request,
     Scaler,
+    SiteModel,
     Statistics,
     StatisticsRequest,
     TrainRequest,
@@ -36,10 +52,42 @@ from fedmat.features.table import TEST, TRAIN, VALIDATION, FeatureTable
 from fedmat.federation.evaluation import evaluate, residual_sums
 from fedmat.federation.plan import Plan
 from fedmat.federation.scaling import column_sums, federated_scaler
-from fedmat.models import mlp
+from fedmat.models.laws import temperature_columns
+from fedmat.models.network import Architecture
 from fedmat.seeds import stream
-from fedmat.training import trainer
+from fedmat.training import folds, personalization, trainer
+from fedmat.training.personalization import Learner
+from fedmat.training.trainer import Targets
 from fedmat.weights import Weights
+
+REMOVAL = "removal.safetensors"  # in a site's state: keys of training rows that it leaves out
+PERSONAL = "personal.safetensors"  # in a site's state: the model it uses for its own materials
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchingKeys:
+    """Keys of a site's records under the members' secret (``fedmat.data.matching``).
+
+    Attributes:
+        keys: kind -> key per record, 0 where a record has none.
+    """
+
+    fingerprint: str
+    keys: Mapping[str, Digests]
+
+
+def state_folder(folder: Path, plan: Plan) -> Path:
+    """Returns where a site with workspace ``folder`` keeps what belongs to one plan."""
+    return folder / "state" / plan.sha256[:16]
+
+
+def kept_rows(state: Path, table: FeatureTable, keys: MatchingKeys | None) -> FeatureTable:
+    """Returns the rows a site works with: without the training rows that were found at another site, or in anyone's test."""
+    path = state / REMOVAL
+    if keys is None or not path.exists():
+        return table
+    removal = wire.decode(path.read_bytes(), Removal)
+    return table.rows(duplicates.apply(removal, keys.keys, table.split == TEST)[0])
 
 
 class SiteWorker:
@@ -50,22 +98,52 @@ class SiteWorker:
         table: the site's features; stays here.
         manifest: the site's dataset manifest (digest and counts).
         folder: the site's workspace; training state is kept in ``state/``.
+        keys: of the table's records, where the plan looks for duplicates.
     """
 
-    def __init__(self, site: str, plan: Plan, table: FeatureTable, manifest: dict[str, object], folder: Path) -> None:
-        self.site, self.plan, self.table, self.folder = site, plan, table, folder
-        self._manifest = manifest
-        self._parts = {code: table.part(code) for code in (TRAIN, VALIDATION, TEST)}
-        rows = len(self._parts[TRAIN])
+    def __init__(
+        self,
+        site: str,
+        plan: Plan,
+        table: FeatureTable,
+        manifest: dict[str, object],
+        folder: Path,
+        keys: MatchingKeys | None = None,
+    ) -> None:
+        self.site, self.plan, self.folder = site, plan, folder
+        self._manifest, self._whole, self._keys = manifest, table, keys
+        self._architecture = Architecture.of(plan.model, plan.tasks, plan.settings)
+        self._take_up(kept_rows(self._state(), table, keys))
+        trainer.warm_up()
+
+    def _take_up(self, table: FeatureTable) -> None:
+        """Makes ``table`` the rows this site works with."""
+        site, plan = self.site, self.plan
+        self.table = table
+        rows = int((table.split == TRAIN).sum())
         if rows < plan.admission.min_train_records:
             raise SiteRefused(
                 f"site {site}: {rows} training records, the consortium asks for {plan.admission.min_train_records}",
                 fix="add data, or ask the operator to lower admission.min_train_records",
             )
-        for code, name in ((VALIDATION, "validation"), (TEST, "test")):
-            if not len(self._parts[code]):
-                raise SiteRefused(f"site {site}: no {name} group is left after the split", fix="add groups, or change splits")
-        trainer.warm_up()
+        if plan.settings.ensemble == 1 and not (table.split == VALIDATION).any():
+            raise SiteRefused(f"site {site}: no validation group is left after the split", fix="add groups, or change splits")
+        self._learning = table.part(TRAIN, VALIDATION)  # all rows that any member may learn from
+        self._test = table.part(TEST)
+        self._fold = self._folds()
+        numbers = np.arange(len(self._learning))
+        if plan.settings.ensemble == 1:
+            self._rows, self._held = [numbers[self._fold < 0]], [numbers[self._fold == 0]]
+        else:
+            self._rows = [numbers[self._fold != m] for m in range(plan.settings.ensemble)]
+            self._held = [numbers[self._fold == m] for m in range(plan.settings.ensemble)]
+
+    def _folds(self) -> NDArray[np.int64]:
+        """Returns the member that never sees a row, per learning row; -1 where all do."""
+        if self.plan.settings.ensemble == 1:
+            return np.where(self._learning.split == VALIDATION, 0, -1)
+        rng = stream(self.plan.settings.seed, "folds", self.site)
+        return folds.assign(self._learning.component, self.plan.settings.ensemble, rng)
 
     def handle(self, data: bytes) -> bytes:
         """Returns the encoded answer to an encoded request.
@@ -80,6 +158,10 @@ class SiteWorker:
         return wire.encode(self._answer(request, data))
 
     def _answer(self, request: Request, data: bytes) -> Answer:
+        if isinstance(request, MatchRequest):
+            return self._offer()
+        if isinstance(request, RemoveRequest):
+            return self._remove(request)
         if isinstance(request, AttestRequest):
             return self._attest()
         if isinstance(request, StatisticsRequest):
@@ -88,49 +170,76 @@ class SiteWorker:
             return self._train(request, files.sha256(data))
         if isinstance(request, BaselineRequest):
             return self._baseline(request)
+        if isinstance(request, CalibrateRequest):
+            return self._calibrate(request)
         return self._evaluate(request)
 
+    def _offer(self) -> Offer:
+        if self._keys is None:
+            raise SiteRefused(
+                f"site {self.site}: the plan looks for duplicates and this site has no matching keys",
+                fix="put the members' matching secret in place, or set plan.deduplicate: false",
+            )
+        return duplicates.offer(self.site, self._keys.fingerprint, self._keys.keys, self._whole.split == TEST)
+
+    def _remove(self, request: RemoveRequest) -> Removed:
+        if self._keys is None or request.removal.site != self.site:
+            raise PlanRefused(f"site {self.site}: a removal that is not for this site's keys")
+        _, counts = duplicates.apply(request.removal, self._keys.keys, self._whole.split == TEST)
+        files.write_atomic(self._state() / REMOVAL, wire.encode(request.removal))
+        self._take_up(kept_rows(self._state(), self._whole, self._keys))
+        return Removed(self.site, counts)
+
     def _attest(self) -> Attestation:
+        split = self.table.split
+        train = self.table.part(TRAIN)
         return Attestation(
             site=self.site,
             dataset_sha256=str(self._manifest["sha256"]),
             contract_version=CONTRACT_VERSION,
             features_sha256=self.table.features_sha256,
             feature_names=self.table.names,
-            n_train=len(self._parts[TRAIN]),
-            n_validation=len(self._parts[VALIDATION]),
-            n_test=len(self._parts[TEST]),
+            n_train=len(train),
+            n_validation=int((split == VALIDATION).sum()),
+            n_test=len(self._test),
             n_groups=len(np.unique(self.table.group)),
             rejected={str(k): int(v) for k, v in dict(self._manifest["rejected"]).items()},  # type: ignore[call-overload]
+            labels=tuple(int(n) for n in np.isfinite(train.y).sum(axis=0)),
         )
 
     def _statistics(self) -> Statistics:
-        part = self._parts[TRAIN]
+        part = self.table.part(TRAIN)
         return column_sums(self.site, part.x, part.y)
 
+    # --- a round ---------------------------------------------------------------------------------------------------
+
     def _train(self, request: TrainRequest, request_sha256: str) -> Update:
-        s, part = self.plan.settings, self._parts[TRAIN]
-        held = self._parts[VALIDATION]
-        predicted = self._predict(request.weights, request.scaler, held)
+        s, architecture = self.plan.settings, self._architecture
+        learner = self._learner(request.scaler)
+        start = self._with_own_parts(request)
+        output = architecture.forward(start, learner.inputs)
+        steps = self.plan.steps(request.round)
         own = self._control(request) if request.control else {}
         trained = trainer.train(
-            self.plan.model,
-            request.weights,
-            request.scaler.features(part.x),
-            request.scaler.target(part.y),
+            architecture,
+            start,
+            learner.inputs,
+            learner.targets,
+            learner.rows,
             s.local,
-            kind=self.plan.task.kind,
-            rates=np.full(s.local.steps, request.lr),
+            rates=np.full(steps, request.lr),
             rng=stream(s.seed, "batches", self.site, request.round),
             correction=trainer.scaffold_correction(request.control, own) if own else None,
+            frozen=personalization.round_freezer(architecture, s.personalization.head_steps),
         )
         control_delta: Weights = {}
         if own:
-            following = trainer.scaffold_control(
-                own, request.control, request.weights, trained.weights, s.local.steps, request.lr
-            )
+            following = trainer.scaffold_control(own, request.control, start, trained.weights, steps, request.lr)
             control_delta = wts.subtract(following, own)
-            self._keep_control(request.round, following)
+            self._keep("control", request.round, following)
+        private = {k: v for k, v in trained.weights.items() if architecture.is_private(k)}
+        if private:
+            self._keep("private", request.round, private)
         return Update(
             self.site,
             request.round,
@@ -139,75 +248,181 @@ class SiteWorker:
             wts.subtract(trained.weights, request.weights),
             control_delta,
             trained.loss,
-            residual_sums(held.y, predicted),
+            self._out_of_fold_sums(output, request.scaler),
         )
+
+    def _learner(self, scaler: Scaler) -> Learner:
+        part = self._learning
+        inputs = self._architecture.inputs(scaler, part.names, part.x, part.graphs)
+        return Learner(self._architecture, inputs, Targets.of(scaler, part.y, part.bound), self._rows, self._held)
+
+    def _with_own_parts(self, request: TrainRequest) -> Weights:
+        """Returns the received weights, with what this site keeps for itself as it was after its last round."""
+        kept = self._recall("private", request.round) if self._architecture.private else {}
+        return request.weights | kept
+
+    def _out_of_fold(self, output: Array, scaler: Scaler) -> Array:
+        """Returns predictions of the learning rows, ``n x n_tasks``, by members that never saw them; NaN where all did."""
+        return self._architecture.restore(scaler, folds.out_of_fold(output, self._fold))
+
+    def _out_of_fold_sums(self, output: Array, scaler: Scaler) -> Array:
+        predicted, truth = self._out_of_fold(output, scaler)[:, 0], self._learning.y[:, 0]
+        known = np.isfinite(predicted) & np.isfinite(truth)
+        return residual_sums(truth[known], predicted[known])
+
+    # --- models of the site's own ----------------------------------------------------------------------------------
 
     def _baseline(self, request: BaselineRequest) -> Baseline:
-        """Trains this site's own model: alone with its own scaling, or from the global weights (fine-tuning)."""
+        """Makes one of this site's own models, keeps it in ``state/`` and tells how it does on the site's test groups."""
         if request.share and not self.plan.simulated:
             raise PlanRefused(f"site {self.site}: a site's own model leaves it only in a consortium declared simulated")
-        s, part, held = self.plan.settings, self._parts[TRAIN], self._parts[VALIDATION]
-        if request.arm == "local":
-            scaler = federated_scaler([column_sums(self.site, part.x, part.y)], binary=self.plan.task.kind == "binary")
-            start = mlp.initial_weights(self.plan.model, int(scaler.active.sum()), s.seed)
-            rates = self.plan.rates(s.local.steps)
-        else:
-            scaler, start = request.scaler, request.weights
-            rates = s.local.lr * s.finetune_lr_factor * np.linspace(1.0, 0.05, max(1, s.finetune_steps))[: s.finetune_steps]
-        trained = trainer.train_best(
-            self.plan.model,
-            start,
-            (scaler.features(part.x), scaler.target(part.y)),
-            (scaler.features(held.x), scaler.target(held.y)),
-            s.local.model_copy(update={"mu": 0.0}),
-            kind=self.plan.task.kind,
-            rates=rates,
-            rng=stream(s.seed, "batches", request.arm, self.site),
-            every=max(1, len(rates) // 40),
-            keep_start=request.arm == "finetuned",
-        )
-        result = self._score(trained.weights, scaler, f"{request.arm}:{self.site}", "test")
-        files.write_atomic(
-            self._state() / f"{request.arm}.safetensors",
-            wire.encode(Baseline(self.site, request.arm, result, trained.weights, scaler)),
-        )
+        if request.arm == "personal":
+            return self._personal(request)
+        model = self._own_model(request)
+        (main, *others) = self._score_tasks([model], f"{request.arm}:{self.site}", self._own_radius([model]))
         if request.share:
-            return Baseline(self.site, request.arm, result, trained.weights, scaler)
-        return Baseline(self.site, request.arm, result)
+            return Baseline(self.site, request.arm, main, model.weights, model.scaler, tuple(others))
+        return Baseline(self.site, request.arm, main, auxiliary=tuple(others))
+
+    def _own_model(self, request: BaselineRequest) -> Network:
+        """Returns a model of the site's own, from ``state/`` if it was made for the same global model before."""
+        made_for = files.sha256(wire.encode(GlobalModel(request.weights, request.scaler, {"arm": request.arm})))
+        path = self._state() / f"{request.arm}.safetensors"
+        if path.exists():
+            kept = wire.decode(path.read_bytes(), SiteModel)
+            if kept.spec.get("made_for") == made_for:
+                return kept.parts[0]
+        s, start, scaler = self.plan.settings, self._global(request), request.scaler
+        rng = stream(s.seed, "batches", request.arm, self.site)
+        if request.arm == "local":
+            scaler = self._own_scaler(request.scaler)
+            start = self._architecture.initial_weights(int(scaler.active.sum()), s.seed)
+            trained = personalization.alone(self._learner(scaler), start, s, self.plan.rates(), rng)
+        elif request.arm == "ditto":
+            trained = personalization.ditto(self._learner(scaler), start, s, self.plan.rates(), rng)
+        else:
+            trained = personalization.finetune(self._learner(scaler), start, s, rng)
+        model = Network(request.arm, 1.0, trained.weights, scaler)
+        files.write_atomic(path, wire.encode(SiteModel(self.site, (model,), {"made_for": made_for})))
+        return model
+
+    def _personal(self, request: BaselineRequest) -> Baseline:
+        """Mixes the global model and the site's own ones by their out-of-fold errors."""
+        p = self.plan.settings.personalization
+        arms: list[OwnArm] = ["local", "finetuned", *(["ditto"] if p.ditto else [])]  # type: ignore[list-item]
+        models = [Network("federated", 1.0, self._global(request), request.scaler)]
+        models += [self._own_model(dataclasses.replace(request, arm=arm)) for arm in arms]
+        shares = {m.arm: float(m.arm == "finetuned") for m in models}
+        truth = self._learning.y[:, 0]
+        guesses = {m.arm: self._held_out_guess(m) for m in models}
+        known = np.isfinite(truth) & np.isfinite(guesses["local"])
+        if p.mix != "off" and known.any():
+            shares = personalization.mixture(
+                {k: v[known] for k, v in guesses.items()}, truth[known], self._learning.component[known], mode=p.mix
+            )
+        parts = tuple(dataclasses.replace(m, share=shares[m.arm]) for m in models if shares[m.arm] > 0)
+        radius = self._own_radius(parts)
+        spec = self.plan.model_spec(self.table.names, self.table.features_sha256)
+        if radius is not None and np.isfinite(radius):
+            spec["interval"] = {"level": self.plan.settings.interval_level, "half_width": radius}
+        files.write_atomic(self._state() / PERSONAL, wire.encode(SiteModel(self.site, parts, spec)))
+        (main, *others) = self._score_tasks(parts, f"personal:{self.site}", radius)
+        return Baseline(self.site, "personal", main, auxiliary=tuple(others), mixture=shares)
+
+    def _global(self, request: BaselineRequest) -> Weights:
+        """Returns the global weights with the parts this site keeps for itself."""
+        return request.weights | (self._recall("private", self.plan.settings.rounds) if self._architecture.private else {})
+
+    def _own_scaler(self, common: Scaler) -> Scaler:
+        part = self.table.part(TRAIN)
+        binary = self.plan.task.kind == "binary"
+        return federated_scaler([column_sums(self.site, part.x, part.y)], binary=binary, drop=self._argument(), known=common)
+
+    def _argument(self) -> NDArray[np.bool_] | None:
+        return temperature_columns(self.table.names) if self._architecture.lawful else None
+
+    def _held_out_guess(self, model: Network) -> Array:
+        inputs = self._architecture.inputs(model.scaler, self.table.names, self._learning.x, self._learning.graphs)
+        return self._out_of_fold(self._architecture.forward(model.weights, inputs), model.scaler)[:, 0]
+
+    def _own_radius(self, parts: Sequence[Network]) -> float | None:
+        """Returns the half-width of the site's own conformal intervals; None for a binary task or without held-out rows."""
+        guess = sum((m.share * self._held_out_guess(m) for m in parts), np.zeros(len(self._learning)))
+        scores, group = self._conformity(guess)
+        if self.plan.task.kind == "binary" or not len(scores):
+            return None
+        return uncertainty.quantile(
+            uncertainty.sketch(scores, uncertainty.group_weights(group)), self.plan.settings.interval_level
+        )
+
+    def _conformity(self, guess: Array) -> tuple[Array, NDArray[np.int64]]:
+        """Returns |error| of the out-of-fold rows and what hangs together; a bound that is kept is no error."""
+        truth, bound = self._learning.y[:, 0], self._learning.bound[:, 0]
+        known = np.isfinite(truth) & np.isfinite(guess)
+        error = np.where(bound * (guess - truth) > 0, 0.0, np.abs(guess - truth))
+        return error[known], self._learning.component[known]
+
+    def _calibrate(self, request: CalibrateRequest) -> Calibration:
+        guess = self._held_out_guess(Network("federated", 1.0, request.weights, request.scaler))
+        scores, group = self._conformity(guess)
+        unit = float(request.scaler.y_scale[0])
+        return Calibration(self.site, uncertainty.sketch(scores / unit, uncertainty.group_weights(group)))
+
+    # --- scores ----------------------------------------------------------------------------------------------------
 
     def _evaluate(self, request: EvaluateRequest) -> Evaluation:
-        return self._score(request.weights, request.scaler, request.arm, request.split)
+        tasks = [t.target for t in self.plan.tasks]
+        if request.target and request.target not in tasks:
+            raise PlanRefused(
+                f"site {self.site}: the plan has no task '{request.target}'", fix=f"use one of {', '.join(tasks)}"
+            )
+        at = tasks.index(request.target) if request.target else 0
+        model = Network(request.arm, 1.0, request.weights, request.scaler)
+        return self._score([model], request.arm, request.split, at, request.radius.get(self.site))
 
-    def _score(self, weights: Weights, scaler: Scaler, arm: str, split: str) -> Evaluation:
-        part = self._parts[TEST if split == "test" else VALIDATION]
+    def _score_tasks(self, parts: Sequence[Network], arm: str, radius: float | None) -> list[Evaluation]:
+        return [self._score(parts, arm, "test", at, None if at else radius) for at in range(len(self.plan.tasks))]
+
+    def _score(self, parts: Sequence[Network], arm: str, split: str, at: int, radius: float | None) -> Evaluation:
+        part = self._test if split == "test" else self.table.part(VALIDATION)
+        known = part.rows(np.isfinite(part.y[:, at]))
         return evaluate(
             self.site,
             arm,
             split,
-            part.y,
-            self._predict(weights, scaler, part),
-            part.group,
+            known.y[:, at],
+            self._predict(parts, known)[:, at],
+            known.group,
             kind=self.plan.task.kind,
-            rng=stream(self.plan.settings.seed, "bootstrap", self.site, split),
+            rng=stream(self.plan.splits.seed, "bootstrap", self.site, split, at),
             floor=1 if self.plan.simulated else 5,
+            target=self.plan.tasks[at].target,
+            radius=radius,
+            pairs=self.plan.simulated,
         )
 
-    def _predict(self, weights: Weights, scaler: Scaler, part: FeatureTable) -> Array:
-        return mlp.predict(self.plan.model, weights, scaler, part.x, self.plan.task.kind)
+    def _predict(self, parts: Sequence[Network], part: FeatureTable) -> Array:
+        out = np.zeros((len(part), len(self.plan.tasks)))
+        if len(part):
+            for m in parts:
+                out += m.share * self._architecture.predict(m.weights, m.scaler, part.names, part.x, part.graphs)
+        return out
 
-    # --- SCAFFOLD's memory -----------------------------------------------------------------------------------------
+    # --- what a site remembers between rounds ------------------------------------------------------------------------
 
     def _state(self) -> Path:
-        return self.folder / "state" / self.plan.sha256[:16]
+        return state_folder(self.folder, self.plan)
 
     def _control(self, request: TrainRequest) -> Weights:
-        """Returns the control variate kept in the last round before this one: a repeated round finds the same."""
-        kept = {int(m[1]): p for p in self._state().glob("control-*.safetensors") if (m := re.search(r"-(\d+)\.", p.name))}
-        before = [r for r in kept if r < request.round]
-        if not before:
-            return wts.zeros_like(request.control)
-        return wire.decode(kept[max(before)].read_bytes(), Update).delta
+        return self._recall("control", request.round) or wts.zeros_like(request.control)
 
-    def _keep_control(self, number: int, control: Weights) -> None:
-        message = Update(self.site, number, self.plan.sha256, "", control)
-        files.write_atomic(self._state() / f"control-{number:05d}.safetensors", wire.encode(message))
+    def _recall(self, kind: str, before: int) -> Weights:
+        """Returns what was kept in the last round before this one, empty if nothing was: a repeated round finds the same."""
+        found = self._state().glob(f"{kind}-*.safetensors")
+        kept = {int(m[1]): p for p in found if (m := re.search(r"-(\d+)\.", p.name))}
+        earlier = [r for r in kept if r < before]
+        return wire.decode(kept[max(earlier)].read_bytes(), Update).delta if earlier else {}
+
+    def _keep(self, kind: str, number: int, weights: Weights) -> None:
+        message = Update(self.site, number, self.plan.sha256, "", weights)
+        files.write_atomic(self._state() / f"{kind}-{number:05d}.safetensors", wire.encode(message))

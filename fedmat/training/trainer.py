@@ -1,18 +1,22 @@
 """Local training: steps of an optimiser on one table of features, with FedProx and SCAFFOLD corrections.
 
-Knows: features, targets, weights and a learning rate. Refuses to know: rounds as an exchange, sites' files, the wire.
-Nothing here keeps state between calls: everything comes in as arguments and goes out as values.
+Knows: inputs, targets, weights and a learning rate. Refuses to know: rounds as an exchange, sites' files, the wire.
+Nothing here keeps state between calls: everything comes in as arguments and goes out as values. The members of an
+ensemble are trained in the same steps, each on rows of its own; no member's gradient touches another's.
 
 References:
     McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017 (FedAvg).
     Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020 (FedProx, eq. 2).
     Karimireddy et al., "SCAFFOLD", ICML 2020 (Algorithm 1, option II).
+    Tobin, "Estimation of Relationships for Limited Dependent Variables", Econometrica 26, 1958 (bounds as likelihoods).
+    Kendall, Gal, Cipolla, CVPR 2018 (eq. 7, learned weights of several tasks).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,9 +25,31 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedmat import weights as wts
-from fedmat.config import LocalTraining, ModelSpec
-from fedmat.models import mlp
+from fedmat.config import LocalTraining
+from fedmat.domain import Array, Scaler
+from fedmat.models import network
+from fedmat.models.network import Architecture, Inputs
 from fedmat.weights import Weights
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is to be learned of ``n`` records.
+
+    Attributes:
+        y: standardised targets, shape ``n x n_tasks``; NaN where a record does not state one.
+        bound: shape ``n x n_tasks``; -1 where the truth is at most ``y``, +1 where it is at least ``y``, else 0.
+    """
+
+    y: Tensor
+    bound: Tensor
+
+    @classmethod
+    def of(cls, scaler: Scaler, y: Array, bound: NDArray[np.int8]) -> Targets:
+        """Returns the training targets of transformed targets ``y`` (``n x n_tasks``)."""
+        return cls(torch.from_numpy(scaler.target(y)), torch.from_numpy(bound.astype(np.float32)))
 
 
 @dataclass(frozen=True)
@@ -41,18 +67,41 @@ def warm_up() -> None:
     _optimizer(LocalTraining(), [parameter], 0.1).zero_grad()
 
 
-def loss_function(name: str, kind: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """Returns the loss on standardised targets; a binary task always uses the logistic loss."""
+def losses(output: Tensor, y: Tensor, bound: Tensor, local: LocalTraining, kind: str) -> Tensor:
+    """Returns the loss of every output, same shape as ``y``; 0 where ``y`` is NaN.
+
+    A bound counts by the likelihood of lying beyond it: under a normal error for ``mse``, under a Laplace error for ``l1``
+    and ``huber``, with scale ``local.bound_scale``. Far inside the permitted side it costs nothing; far outside it costs
+    what the plain loss does.
+    """
+    known = torch.isfinite(y)
+    truth = torch.where(known, y, torch.zeros_like(y))
     if kind == "binary":
-        return nn.BCEWithLogitsLoss()
-    return {"mse": nn.MSELoss(), "l1": nn.L1Loss(), "huber": nn.HuberLoss(delta=1.0)}[name]
+        return nn.functional.binary_cross_entropy_with_logits(output, truth, reduction="none") * known
+    error = output - truth
+    if local.loss == "mse":
+        plain = error.square()
+    elif local.loss == "l1":
+        plain = error.abs()
+    else:
+        plain = nn.functional.huber_loss(output, truth, reduction="none")
+    if bool(bound.any()):
+        s = local.bound_scale
+        room = bound * error / s  # how far inside the permitted side, in units of the error's scale
+        if local.loss == "mse":
+            beyond = -2.0 * s * s * torch.special.log_ndtr(room)
+        else:
+            inside = -torch.log1p(-0.5 * torch.exp(-room.clamp(min=0.0)))
+            beyond = s * torch.where(room < 0, math.log(2.0) - room, inside)
+        plain = torch.where(bound != 0, beyond, plain)
+    return plain * known
 
 
-def batches(n: int, size: int, steps: int, rng: np.random.Generator) -> NDArray[np.int64]:
+def batches(n: int, size: int, steps: int, rng: np.random.Generator) -> Rows:
     """Returns row numbers of shape ``steps x min(size, n)``: shuffled epochs, one after another, without repeats."""
     size = min(size, n)
     per_epoch = n // size
-    rows: list[NDArray[np.int64]] = []
+    rows: list[Rows] = []
     while len(rows) < steps:
         order = rng.permutation(n)[: per_epoch * size].reshape(per_epoch, size)
         rows.extend(order)
@@ -60,106 +109,160 @@ def batches(n: int, size: int, steps: int, rng: np.random.Generator) -> NDArray[
 
 
 def train(
-    spec: ModelSpec,
+    architecture: Architecture,
     start: Weights,
-    x: NDArray[np.float32],
-    y: NDArray[np.float32],
+    inputs: Inputs,
+    targets: Targets,
+    rows: Sequence[Rows],
     local: LocalTraining,
     *,
-    kind: str,
-    rates: NDArray[np.float64],
+    rates: Array,
     rng: np.random.Generator,
     correction: Weights | None = None,
-    checkpoint: Callable[[int, Weights], bool] | None = None,
+    frozen: Callable[[int, str], bool] | None = None,
+    checkpoint: Callable[[int, Weights], None] | None = None,
     checkpoint_every: int = 0,
 ) -> Trained:
     """Trains from ``start`` for ``len(rates)`` steps.
 
     Args:
-        x, y: standardised features ``n x p`` and targets ``n``.
+        rows: for every member of the ensemble, the rows it may learn from.
         rates: learning rate of every step.
         rng: draws the batches and nothing else.
         correction: SCAFFOLD's ``c - c_i``, added to every gradient.
-        checkpoint: called every ``checkpoint_every`` steps with (steps done, weights); False stops early.
+        frozen: tells whether a tensor stays as it is in a step (step number, name).
+        checkpoint: called every ``checkpoint_every`` steps with (steps done, weights).
     """
-    steps = len(rates)
-    net = mlp.network(spec, x.shape[1])
-    mlp.load(net, start)
+    steps, kind = len(rates), architecture.tasks[0].kind
+    net = architecture.network(inputs.x.shape[1])
+    network.load(net, start)
+    if not steps:
+        return Trained(network.extract(net), float("nan"))
     net.train()
-    if spec.dropout:
+    if architecture.spec.dropout:
         torch.manual_seed(int(rng.integers(2**62)))  # dropout is torch's own draw: tie it to this call's stream
-    parameters = list(net.parameters())
-    names = [name for name, _ in net.named_parameters()]
+    named = list(net.named_parameters())
+    parameters = [p for _, p in named]
     anchor = [p.detach().clone() for p in parameters] if local.mu > 0 else []
-    shift = [torch.from_numpy(correction[name].copy()) for name in names] if correction else []
-    optimizer = _optimizer(local, parameters, float(rates[0]) if steps else local.lr)
-    loss_of = loss_function(local.loss, kind)
-    features, target = torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(np.ascontiguousarray(y))[:, None]
-    plan = torch.from_numpy(batches(len(x), local.batch_size, steps, rng)) if steps else torch.zeros((0, 1))
+    shift = [torch.from_numpy(correction[name].copy()) for name, _ in named] if correction else []
+    optimizer = _optimizer(local, parameters, float(rates[0]))
+    balance = getattr(net, "balance", None)
+    size = min(local.batch_size, *(len(r) for r in rows))
+    plan = torch.from_numpy(np.stack([r[batches(len(r), size, steps, rng)] for r in rows], axis=1))
     total = torch.zeros((), dtype=torch.float64)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = float(rates[step])
-        rows = plan[step]
+        chosen = plan[step]
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(net(features[rows]), target[rows])
+        y = targets.y[chosen]
+        each = losses(net(inputs, chosen), y, targets.bound[chosen], local, kind)
+        count = torch.isfinite(y).sum(dim=1)
+        per_task = each.sum(dim=1) / count.clamp(min=1)  # m x n_tasks
+        if balance is not None:
+            per_task = torch.where(count > 0, torch.exp(-balance) * per_task + balance, 0.0 * balance)
+        loss = per_task.sum()
         loss.backward()
+        if frozen:
+            for name, p in named:
+                if frozen(step, name):
+                    p.grad = None
         if local.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, local.clip_grad_norm)
+            _clip(parameters, local.clip_grad_norm, architecture.members)
         for p, a in zip(parameters, anchor, strict=False):
-            p.grad.add_(p.detach() - a, alpha=local.mu)  # type: ignore[union-attr]  # FedProx, eq. 2
+            if p.grad is not None:
+                p.grad.add_(p.detach() - a, alpha=local.mu)  # FedProx, eq. 2
         for p, c in zip(parameters, shift, strict=False):
-            p.grad.add_(c)  # type: ignore[union-attr]  # SCAFFOLD, Algorithm 1 line 10
+            if p.grad is not None:
+                p.grad.add_(c)  # SCAFFOLD, Algorithm 1 line 10
         optimizer.step()
         total += loss.detach()
-        if checkpoint and checkpoint_every and (step + 1) % checkpoint_every == 0:
-            going_on = checkpoint(step + 1, mlp.extract(net))
-            net.train()
-            if not going_on:
-                steps = step + 1
-                break
-    return Trained(mlp.extract(net), float(total) / steps if steps else float("nan"))
+        if checkpoint and checkpoint_every and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
+            checkpoint(step + 1, network.extract(net))
+    return Trained(network.extract(net), float(total) / steps / architecture.members)
 
 
 def train_best(
-    spec: ModelSpec,
+    architecture: Architecture,
     start: Weights,
-    train_xy: tuple[NDArray[np.float32], NDArray[np.float32]],
-    validation_xy: tuple[NDArray[np.float32], NDArray[np.float32]],
+    inputs: Inputs,
+    targets: Targets,
+    rows: Sequence[Rows],
+    held: Sequence[Rows],
     local: LocalTraining,
     *,
-    kind: str,
-    rates: NDArray[np.float64],
+    rates: Array,
     rng: np.random.Generator,
     every: int,
     keep_start: bool,
 ) -> Trained:
-    """Trains and returns the weights that scored best on the validation rows, looked at every ``every`` steps.
+    """Trains and returns, for every member, its weights at the look where held-out rows were predicted best.
+
+    A single network stops by its held-out rows. In an ensemble each member stops where the *other* members predict their
+    held-out rows best: more rows decide, and a member's error on its own fold stays that of rows which took no part.
 
     Args:
+        held: for every member, rows it does not learn from; without any to stop by, its last weights are kept.
+        every: steps between two looks.
         keep_start: whether the untouched start competes too (fine-tuning may then change nothing).
     """
-    best: list[tuple[float, Weights]] = []
+    looks: list[Weights] = []
+    scores: list[list[float]] = []
 
-    def score(weights: Weights) -> float:
-        output = mlp.forward(spec, weights, validation_xy[0])
-        truth = validation_xy[1].astype(np.float64)
-        if kind == "binary":
-            return float(np.mean(np.logaddexp(0.0, output) - truth * output))
-        return float(np.mean(np.abs(output - truth)))
-
-    def look(_: int, weights: Weights) -> bool:
-        value = score(weights)
-        if not best or value < best[0][0]:
-            best[:] = [(value, weights)]
-        return True
+    def look(_: int, weights: Weights) -> None:
+        looks.append(weights)
+        scores.append(held_out_loss(architecture, architecture.forward(weights, inputs), targets, held))
 
     if keep_start:
         look(0, start)
-    trained = train(spec, start, *train_xy, local, kind=kind, rates=rates, rng=rng, checkpoint=look, checkpoint_every=every)
-    if not best:
-        look(len(rates), trained.weights)
-    return Trained(best[0][1], trained.loss)
+    trained = train(
+        architecture, start, inputs, targets, rows, local, rates=rates, rng=rng, checkpoint=look, checkpoint_every=every
+    )
+    kept = {name: value.copy() for name, value in trained.weights.items()}
+    for m, at in enumerate(stopping_points(scores, [len(h) for h in held])):
+        if at is not None:
+            _put_member(architecture, kept, looks[at], m)
+    return Trained(kept, trained.loss)
+
+
+def stopping_points(scores: Sequence[Sequence[float]], sizes: Sequence[int]) -> list[int | None]:
+    """Returns the look at which each member stops, None where nothing tells.
+
+    Args:
+        scores: by look, every member's held-out loss; NaN where it has no held-out rows.
+        sizes: every member's number of held-out rows.
+    """
+    if not len(scores):
+        return [None] * len(sizes)
+    table = np.array(scores)
+    known = np.isfinite(table).all(axis=0) & (np.array(sizes) > 0)
+    weight = np.where(known, sizes, 0).astype(np.float64)
+    summed = np.where(known, table, 0.0) * weight
+    out: list[int | None] = []
+    for m in range(len(sizes)):
+        others = np.arange(len(sizes)) != m if len(sizes) > 1 else np.ones(1, dtype=bool)
+        out.append(int(np.argmin(summed[:, others].sum(axis=1))) if weight[others].any() else None)
+    return out
+
+
+def held_out_loss(architecture: Architecture, output: Array, targets: Targets, held: Sequence[Rows]) -> list[float]:
+    """Returns every member's mean absolute error (logistic loss of a binary task) on its held rows, over the tasks.
+
+    Args:
+        output: standardised, ``m x n x n_tasks``.
+    """
+    truth = targets.y.numpy().astype(np.float64)
+    out = []
+    for m, rows in enumerate(held):
+        found, y = output[m, rows], truth[rows]
+        if architecture.tasks[0].kind == "binary":
+            each = np.logaddexp(0.0, found) - y * found
+        else:
+            each = np.abs(found - y)
+        known = np.isfinite(y)
+        per_task = [each[known[:, t], t].mean() for t in range(y.shape[1]) if known[:, t].any()]
+        out.append(float(np.mean(per_task)) if per_task else math.nan)
+    return out
 
 
 def scaffold_correction(control: Weights, own: Weights) -> Weights:
@@ -173,7 +276,28 @@ def scaffold_control(own: Weights, control: Weights, start: Weights, end: Weight
     return wts.add(wts.subtract(own, control), drift, scale=1.0 / (steps * lr))
 
 
+def _put_member(architecture: Architecture, into: Weights, weights: Weights, member: int) -> None:
+    for name, value in weights.items():
+        number = name.split(".", 1)[0]
+        if not number.isdigit():
+            into[name][member] = value[member]
+        elif int(number) == member:
+            into[name] = value.copy()
+
+
+def _clip(parameters: Sequence[nn.Parameter], limit: float, members: int) -> None:
+    """Scales gradients so that no member's norm exceeds ``limit``; parameters without a member axis are clipped together."""
+    found = [p.grad for p in parameters if p.grad is not None]
+    if members == 1 or not all(g.shape[0] == members and g.dim() > 1 for g in found):
+        nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], limit)
+        return
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in found]).norm(dim=0)
+    factor = (limit / (norms + 1e-6)).clamp(max=1.0)
+    for g in found:
+        g.mul_(factor.reshape(-1, *[1] * (g.dim() - 1)))
+
+
 def _optimizer(local: LocalTraining, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     if local.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=lr, weight_decay=local.weight_decay, foreach=True)
+        return torch.optim.Adam(parameters, lr=lr, weight_decay=local.weight_decay, fused=True)
     return torch.optim.SGD(parameters, lr=lr, weight_decay=local.weight_decay)

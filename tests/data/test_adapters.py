@@ -249,6 +249,33 @@ def test_constants_where_and_split_hold_for_the_rows_they_name(tmp_path: Path) -
     assert frame.rejected["code"].tolist() == ["unknown_split"]
 
 
+def test_a_source_may_state_that_it_brings_no_test_rows(tmp_path: Path) -> None:
+    batch = solid(
+        tmp_path, "Formula,T,sigma,part\nLi3N,1,1,train\nLiCl,2,2,\nLiF,3,3,test\n", split={"column": "part", "test": []}
+    )
+    assert batch.frame["split_hint"].tolist() == ["train_only", ""]
+    assert batch.rejected["code"].tolist() == ["unknown_split"]
+
+
+def test_chain_ends_and_a_logarithmic_column_are_read_as_the_site_states_them(tmp_path: Path) -> None:
+    (tmp_path / "lab.csv").write_text("P,S,m,T,k\n[Cu]CCO[Au],[Cu+].[Cl-],,25,-4\n*CCO*,,1,25,-5\n")
+    columns: dict[str, Any] = {
+        "polymer_smiles": {"from": "P", "chain_ends": ["[Cu]", "[Au]"]},
+        "salt_smiles": "S",
+        "molality": {"from": "m", "unit": "mol/kg", "replace": {"": "0"}},
+        "temperature_k": {"from": "T", "unit": "degC"},
+        "conductivity_s_cm": {"from": "k", "unit": "log10(S/cm)"},
+    }
+    frame = read(tmp_path, "polymer_electrolyte", path="lab.csv", columns=columns).frame
+    assert frame["polymer_smiles"].tolist() == ["[*]CCO[*]", "*CCO*"]
+    assert frame["salt_smiles"].tolist() == ["[Cu+].[Cl-]", ""]
+    assert frame["molality"].tolist() == [0.0, 1.0]
+    np.testing.assert_allclose(frame["conductivity_s_cm"], [1e-4, 1e-5])
+    wrong = {**columns, "molality": {"from": "m", "unit": "mol/kg", "chain_ends": ["[Cu]"]}}
+    with pytest.raises(ConfigError, match="'chain_ends' belongs to a SMILES"):
+        read(tmp_path, "polymer_electrolyte", path="lab.csv", columns=wrong)
+
+
 def test_select_keeps_exactly_the_rows_of_the_published_table(tmp_path: Path) -> None:
     (tmp_path / "sites.csv").write_text("row,site,split\n0,alpha,train\n2,alpha,test\n1,beta,train\n")
     select = {"table": "sites.csv", "left": "row", "right": "row", "where": {"site": "alpha"}, "take": {"part": "split"}}

@@ -237,6 +237,36 @@ def test_a_target_that_is_no_number_or_no_field_is_a_configuration_error(tmp_pat
     assert not (tmp_path / "w").exists()
 
 
+def test_of_several_targets_a_row_needs_one_and_a_site_one_that_varies(tmp_path: Path) -> None:
+    rows = [f"Fe{i + 1}Ni,{300 + i if i % 2 else ''},{'' if i % 2 else 200 + i}" for i in range(12)] + ["FeNi40,,"]
+    (tmp_path / "lab.csv").write_text("alloy,YS,HV\n" + "\n".join(rows) + "\n")
+    site = SiteConfig.model_validate({"site": "north", "organisation": "N", "record_type": "alloy", "sources": [{
+        "adapter": "csv", "path": "lab.csv", "constants": {"temperature_k": {"value": 300, "unit": "K"}}, "columns": {
+            "formula": "alloy", "yield_strength_mpa": {"from": "YS", "unit": "MPa"},
+            "hardness_hv": {"from": "HV", "unit": "HV"}}}]})  # fmt: skip
+    two = ("hardness_hv", "yield_strength_mpa")
+    snapshot = prepare(site, tmp_path, tmp_path / "w", target=two, admission=OPEN)
+    assert (snapshot.n_records, snapshot.rejected) == (12, {"no_target": 1})
+    report = check(site, tmp_path, target=two, admission=OPEN)
+    assert report.ok and report.target == "hardness_hv, yield_strength_mpa"
+    one = prepare(
+        site, tmp_path, tmp_path / "one", target=two[:1], admission=OPEN.model_copy(update={"max_rejected_fraction": 0.6})
+    )
+    assert (one.n_records, one.rejected) == (6, {"missing": 7})
+    assert check(site, tmp_path, target=[*two, "elongation_pct"], admission=OPEN).ok, "what is never measured here is no fault"
+    with pytest.raises(SiteRefused, match=r"13 of 13 rows rejected.*no_target 13"):
+        prepare(
+            site,
+            tmp_path,
+            tmp_path / "none",
+            target=("elongation_pct", "tensile_strength_mpa"),
+            admission=Admission(max_rejected_fraction=0.99),
+        )
+    for wrong in ([], ["hardness_hv", "doi"]):
+        with pytest.raises(ConfigError):
+            prepare(site, tmp_path, tmp_path / "x", target=wrong, admission=OPEN)
+
+
 # --- reading back ------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedmat.config import Splits
 from fedmat.data import splits
 from fedmat.data.splits import TEST, TRAIN, VALIDATION, assign
-from fedmat.errors import SiteRefused
+from fedmat.errors import ConfigError, SiteRefused
 from fedmat.features import table
 
 groups = st.lists(st.integers(0, 40).map("group{}".format), min_size=3, max_size=200).filter(lambda g: len(set(g)) >= 3)
@@ -110,3 +110,109 @@ def test_a_side_that_cannot_be_filled_refuses_the_site_by_name(names: list[str],
     with pytest.raises(SiteRefused, match=rf"site north: {missing}[\s\S]*fix: \S"):
         assign(records, Splits())
     assert splits.problem(records) is not None
+
+
+# --- a site without test rows -------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 9).map("group{}".format), min_size=1, max_size=40), st.integers(0, 99))
+def test_a_site_that_states_that_it_brings_no_test_rows_has_none(names: list[str], seed: int) -> None:
+    records = frame(names, ["train_only"] * len(names))
+    codes = assign(records, Splits(seed=seed))
+    wanted = {TRAIN} if len(set(names)) == 1 else {TRAIN, VALIDATION}
+    assert set(codes.tolist()) == wanted and splits.problem(records) is None
+    assert all(len(s) == 1 for s in sides(records, codes).values())
+
+
+def test_without_that_statement_training_rows_only_refuse_the_site_and_the_way_out_is_named() -> None:
+    with pytest.raises(SiteRefused, match=r"test: \[\]"):
+        assign(frame(["a", "b", "c"], ["train"] * 3), Splits())
+
+
+def test_rows_without_a_published_side_are_drawn_even_beside_a_source_without_test_rows() -> None:
+    names = [f"g{i}" for i in range(60)]
+    codes = assign(frame(names, ["train_only"] * 30 + [""] * 30), Splits())
+    assert TEST not in codes[:30] and TEST in codes[30:]
+
+
+# --- kept together ------------------------------------------------------------------------------------------------
+
+papers = st.lists(
+    st.tuples(
+        st.integers(0, 12).map("g{}".format),
+        st.sampled_from(["", "", "p", "q", "r", "s"]),
+        st.sampled_from(["", "train", "test"]),
+    ),
+    min_size=1,
+    max_size=60,
+)
+TOGETHER = Splits(keep_together=("doi",))
+
+
+def published(rows: list[tuple[str, str, str]]) -> pd.DataFrame:
+    return frame([g for g, _, _ in rows], [h for _, _, h in rows]).assign(doi=[d for _, d, _ in rows])
+
+
+@given(papers, st.integers(0, 99))
+def test_no_paper_and_no_group_is_on_both_sides_of_training_and_validation(rows: list[tuple[str, str, str]], seed: int) -> None:
+    records, settings = published(rows), Splits(keep_together=("doi",), seed=seed)
+    try:
+        codes = assign(records, settings)
+    except SiteRefused:
+        return
+    parts = splits.components(records, settings)
+    learnt = codes != TEST
+    for column in (records["group"], records["doi"], pd.Series(parts)):
+        for value in set(column[learnt]) - {""}:
+            assert len(set(codes[learnt & (column == value).to_numpy()].tolist())) == 1
+    assert {TRAIN, VALIDATION} <= set(codes.tolist())
+    plain = assign(records, Splits(seed=seed))
+    assert np.array_equal(codes == TEST, plain == TEST), "the test set does not depend on it"
+
+
+@given(papers, st.randoms(use_true_random=False))
+def test_components_do_not_depend_on_the_order_of_rows(rows: list[tuple[str, str, str]], random: object) -> None:
+    order = list(range(len(rows)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    codes = splits.components(published(rows), TOGETHER)
+    assert np.array_equal(splits.components(published([rows[i] for i in order]), TOGETHER), codes[order])
+    assert set(codes.tolist()) == set(range(int(codes.max()) + 1))
+
+
+@given(papers)
+def test_without_fields_to_keep_together_a_component_is_a_group(rows: list[tuple[str, str, str]]) -> None:
+    records = published(rows)
+    assert np.array_equal(splits.components(records, Splits()), pd.factorize(records["group"], sort=True)[0])
+    blank = records.assign(doi="")
+    learnt = ~records["group"].isin(records.loc[records["split_hint"] == "test", "group"])
+    a, b = splits.components(blank, TOGETHER), splits.components(blank, Splits())
+    assert np.array_equal(a[learnt], b[learnt])
+
+
+def test_papers_link_groups_over_one_another_and_a_test_row_links_nothing() -> None:
+    records = published([
+        ("a", "p", "train"), ("b", "P ", "train"), ("b", "q", "train"), ("c", "q", "train"), ("d", "r", "train"),
+        ("e", "r", "test"), ("f", "r", "train"), ("g", "s", "train"), ("h", "s", "test"), ("i", "", "train"), ("j", "", "train"),
+    ])  # fmt: skip
+    assert splits.components(records, TOGETHER).tolist() == [0, 0, 0, 0, 1, 2, 1, 3, 4, 5, 6]
+
+
+def test_the_share_of_validation_groups_is_kept_and_a_large_component_trains() -> None:
+    rows = [(f"g{i:03d}", "big" if i < 60 else f"p{i // 3}", "train") for i in range(200)] + [("t", "", "test")]
+    for seed in range(5):
+        records, settings = published(rows), Splits(keep_together=("doi",), validation_fraction=0.2, seed=seed)
+        codes = assign(records, settings)
+        assert 36 <= (codes == VALIDATION).sum() <= 40 and set(codes[:60].tolist()) == {TRAIN}
+
+
+def test_what_hangs_together_altogether_refuses_the_site_and_names_the_field() -> None:
+    records = published([("a", "p", "train"), ("b", "p", "train"), ("c", "", "test")])
+    with pytest.raises(SiteRefused, match=r"site north: no validation group.*doi[\s\S]*keep_together"):
+        assign(records, TOGETHER)
+    with pytest.raises(ConfigError, match="no field 'paper'"):
+        splits.components(records, Splits(keep_together=("paper",)))
+
+
+def test_a_plan_that_keeps_nothing_together_is_described_as_before() -> None:
+    assert set(Splits().model_dump(mode="json")) == {"test_fraction", "validation_fraction", "seed"}
+    assert TOGETHER.model_dump(mode="json")["keep_together"] == ["doi"]

@@ -37,6 +37,8 @@ finite = st.floats(-1e6, 1e6, allow_nan=False)
         (2.0, "mol/kg", "mole / kilogram", 2.0),
         (250.0, "HV", "", 250.0),
         (2.0, "1/h", "1 / hour", 2.0),
+        (3.0, "mAh/cycle", "ampere_hour / cycle", 3e-3),
+        (3.0, "cycles", "", 3.0),
     ],
 )
 def test_what_laboratories_write_is_understood(value: float, unit: str, canonical: str, expected: float) -> None:

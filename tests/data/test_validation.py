@@ -38,7 +38,7 @@ def rows(rt: RecordType, *changes: dict[str, object]) -> pd.DataFrame:
     return pd.DataFrame([{**GOOD[rt.name], **c, "source_row": i} for i, c in enumerate(changes, start=1)])
 
 
-def codes(rt: RecordType, change: dict[str, object], target: str | None = None) -> list[tuple[str, str]]:
+def codes(rt: RecordType, change: dict[str, object], target: str | list[str] | None = None) -> list[tuple[str, str]]:
     accepted, rejected = split_valid(rows(rt, change), rt, target=target)
     assert len(accepted) + rejected["source_row"].nunique() == 1
     return list(zip(rejected["field"], rejected["code"], strict=True))
@@ -80,6 +80,24 @@ def test_a_good_record_is_accepted(rt: RecordType) -> None:
 )
 def test_a_bad_cell_rejects_its_record_with_one_reason(rt: RecordType, change: dict[str, object], code: str) -> None:
     assert codes(rt, change) == [(next(iter(change)), code)]
+
+
+def test_of_several_targets_one_is_enough_and_one_of_one_is_needed() -> None:
+    two = ["yield_strength_mpa", "hardness_hv"]
+    assert codes(ALLOY, {"hardness_hv": math.nan}, target=two) == []
+    assert codes(ALLOY, {"yield_strength_mpa": None, "hardness_hv": 300.0}, target=two) == []
+    assert codes(ALLOY, {"yield_strength_mpa": None}, target=two) == [("", "no_target")]
+    assert codes(ALLOY, {"yield_strength_mpa": None}, target=two[:1]) == [("yield_strength_mpa", "missing")]
+    assert codes(ALLOY, {"yield_strength_mpa": None}, target=[]) == []
+
+
+def test_a_polymer_without_salt_is_a_record_unless_it_states_an_amount_of_salt() -> None:
+    assert codes(POLYMER, {"salt_smiles": "", "molality": 0.0}) == []
+    assert codes(POLYMER, {"salt_smiles": "", "molality": 0.5}) == [("salt_smiles", "missing")]
+    assert codes(POLYMER, {"salt_smiles": "C1CC", "molality": 0.5}) == [("salt_smiles", "bad_smiles")]
+    assert codes(POLYMER, {"salt_smiles": "", "molality": None}) == [("molality", "missing")]
+    with pytest.raises(DataError, match="salt_smiles"):
+        coerce(rows(POLYMER, {"salt_smiles": ""}), POLYMER)
 
 
 def test_optional_cells_may_be_absent_and_a_target_may_not() -> None:
@@ -246,7 +264,7 @@ def test_a_sound_batch_passes_and_validation_json_is_the_same_every_time(tmp_pat
         (lambda f: f.assign(record_id=f["record_id"].iloc[0]), "expect_column_values_to_be_unique(record_id)"),
         (lambda f: f.assign(temperature_k=777777.25), "expect_column_values_to_be_between(temperature_k)"),
         (lambda f: f.assign(formula="Li1Cl", conductivity_s_cm=1e-4), "expect_compound_columns_to_be_unique()"),
-        (lambda f: f.assign(group="0" * 16), "expect_column_unique_value_count_to_be_between(group)"),
+        (lambda f: f.assign(group="G"), "expect_column_values_to_match_regex(group)"),
         (lambda f: f.drop(columns="doi"), "expect_table_columns_to_match_set()"),
         (lambda f: f.assign(split_hint="777777.25"), "expect_column_values_to_be_in_set(split_hint)"),
     ],
@@ -255,3 +273,12 @@ def test_a_spoilt_batch_fails_by_name_without_values(spoil: object, failed: str,
     result = validate_batch(spoil(batch(6)), SOLID, tmp_path)  # type: ignore[operator]
     assert not result.success and failed in result.failed
     assert "777777" not in (tmp_path / "validation.json").read_text()
+
+
+def test_the_suite_too_asks_for_the_salt_where_there_is_an_amount_of_it(tmp_path: Path) -> None:
+    frame, _ = split_valid(rows(POLYMER, {}, {"salt_smiles": "", "molality": 0.0}), POLYMER)
+    extra = {"record_id": ["0" * 16, "1" * 16], "group": "2" * 16, "split_hint": "train_only", "source": "main"}
+    sound = frame.assign(**extra)[list(record_columns(POLYMER))]
+    assert validate_batch(sound, POLYMER, tmp_path).failed == ()
+    spoilt = validate_batch(sound.assign(molality=0.5), POLYMER, tmp_path)
+    assert spoilt.failed == ("expect_column_value_lengths_to_be_between(salt_smiles)",)

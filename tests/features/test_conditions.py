@@ -91,3 +91,12 @@ def test_a_transform_outside_its_domain_is_refused() -> None:
 def test_a_wrong_option_is_named(options: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         ConditionFeatures.of(options, CELL, "areal_energy_wh_m2")
+
+
+def test_the_logarithm_of_a_size_takes_either_sign_and_no_zero() -> None:
+    rt = record_type("cell_ageing")
+    part = ConditionFeatures.of({"fields": ["dq_min_ah"], "transforms": {"dq_min_ah": "log_abs"}}, rt, "cycle_life")
+    assert part.names == ("log10|dq_min_ah|",)
+    assert part.transform(pd.DataFrame({"dq_min_ah": [-0.01, 0.1]}))[:, 0] == pytest.approx([-2.0, -1.0])
+    with pytest.raises(FeatureError, match="log_abs"):
+        part.transform(pd.DataFrame({"dq_min_ah": [0.0]}))

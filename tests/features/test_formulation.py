@@ -176,12 +176,13 @@ def test_read_mixture_normalises() -> None:
 
 def test_a_solvent_never_seen_in_training_does_not_blow_a_prediction_up() -> None:
     """Networks trained without a solvent predict it, pure, within the training targets' range and half of it more."""
-    import torch
-
-    from fedmat.models.mlp import extract, initial_weights, load, network, predict
+    from fedmat.config import LocalTraining, ModelSpec, Task
+    from fedmat.models.network import Architecture
+    from fedmat.training import trainer
 
     random = np.random.default_rng(5)
-    spec = ModelSpec(hidden=(64, 64))
+    task = Task(name="t", record_type=RT.name, target="conductivity_s_cm", unit="S/cm", transform="log10")
+    architecture = Architecture(ModelSpec(hidden=(64, 64)), (task,))
     seen = ["EC", "PC", "DMC", "EMC", "DEC", "DME", "EA", "MA", "FEC"]
     rows = []
     for _ in range(300):
@@ -191,18 +192,23 @@ def test_a_solvent_never_seen_in_training_does_not_blow_a_prediction_up() -> Non
     x = features(*rows)
     molality, inverse, size = (x[:, PART.names.index(n)] for n in ("molality", "1000/T", "solvent.mean.LabuteASA"))
     y = 1.2 + np.log10(molality) - 0.4 * molality - 0.5 * inverse - 0.02 * size  # dilution, association, activation, size
-    scaler = federated_scaler([column_sums("a", x, y)], binary=False)
-    inputs, labels = torch.from_numpy(scaler.features(x)), torch.from_numpy(scaler.target(y))
-    net = network(spec, inputs.shape[1])
-    load(net, initial_weights(spec, inputs.shape[1], 3))
-    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-    for _ in range(150):
-        optimizer.zero_grad()
-        torch.nn.functional.mse_loss(net(inputs)[:, 0], labels).backward()
-        optimizer.step()
-    weights = extract(net)
-    assert np.abs(predict(spec, weights, scaler, x) - y).mean() < 0.1 * (y.max() - y.min())
+    scaler = federated_scaler([column_sums("a", x, y[:, None])], binary=False)
+    weights = trainer.train(
+        architecture,
+        architecture.initial_weights(int(scaler.active.sum()), 3),
+        architecture.inputs(scaler, PART.names, x),
+        trainer.Targets.of(scaler, y[:, None], np.zeros((len(y), 1), dtype=np.int8)),
+        [np.arange(len(y))],
+        LocalTraining(batch_size=len(y), loss="mse"),
+        rates=np.full(150, 3e-3),
+        rng=np.random.default_rng(1),
+    ).weights
+
+    def predict(x: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+        return architecture.predict(weights, scaler, PART.names, x)[:, 0]
+
+    assert np.abs(predict(x) - y).mean() < 0.1 * (y.max() - y.min())
     unseen = [s for s in SOLVENTS if s not in seen]
-    p = predict(spec, weights, scaler, features(*(record({s: 1.0}) for s in unseen)))
+    p = predict(features(*(record({s: 1.0}) for s in unseen)))
     margin = 0.5 * (y.max() - y.min())
     assert p.min() > y.min() - margin and p.max() < y.max() + margin
