@@ -29,7 +29,7 @@ from fedmat.errors import PlanRefused, RoundFailed
 from fedmat.features.table import TRAIN, VALIDATION, FeatureTable, concatenate
 from fedmat.federation.engine import Engine
 from fedmat.federation.plan import Plan
-from fedmat.federation.scaling import column_sums, federated_scaler
+from fedmat.federation.scaling import column_sums, federated_scaler, rank_counts, with_scores
 from fedmat.models.laws import temperature_columns
 from fedmat.models.network import Architecture
 from fedmat.seeds import stream
@@ -72,12 +72,12 @@ def pooled_with_error(plan: Plan, tables: Mapping[str, FeatureTable]) -> tuple[A
     learning, train = table.part(TRAIN, VALIDATION), table.part(TRAIN)
     drop = temperature_columns(table.names) if architecture.lawful else None
     scaler = federated_scaler([column_sums("pooled", train.x, train.y)], binary=plan.task.kind == "binary", drop=drop)
-    if s.ensemble == 1:
-        fold, members = np.where(learning.split == VALIDATION, 0, -1), [0]
-    else:
-        fold = folds.assign(learning.component, s.ensemble, stream(s.seed, "folds", "pooled"))
-        members = list(range(s.ensemble))
-    numbers = np.arange(len(learning))
+    if s.scaling == "quantile":
+        scaler = with_scores(scaler, [rank_counts(scaler, train.x)])
+    fold = np.concatenate(
+        [folds.of_site(t.part(TRAIN, VALIDATION), s.ensemble, s.seed, site) for site, t in sorted(tables.items())]
+    )
+    rows, held = folds.members(fold, s.ensemble)
     inputs = architecture.inputs(scaler, learning.names, learning.x, learning.graphs)
     targets = Targets.of(scaler, learning.y, learning.bound)
     found: list[tuple[float, Weights]] = []
@@ -87,8 +87,8 @@ def pooled_with_error(plan: Plan, tables: Mapping[str, FeatureTable]) -> tuple[A
             architecture.initial_weights(int(scaler.active.sum()), s.seed),
             inputs,
             targets,
-            [numbers[fold != m] for m in members],
-            [numbers[fold == m] for m in members],
+            rows,
+            held,
             s.local.model_copy(update={"mu": 0.0}),
             rates=plan.rates(length),
             rng=stream(s.seed, "batches", "pooled", length),

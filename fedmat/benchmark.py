@@ -324,7 +324,7 @@ def _federated(method: Method, plan: Plan, tables: Mapping[str, Any], job: Job) 
     from fedmat.federation.site import SiteWorker
     from fedmat.models.network import Architecture
 
-    plan = replace(plan, roster=tuple(sorted(tables)))
+    plan = replace(_with(plan, quorum=min(plan.settings.quorum, len(tables))), roster=tuple(sorted(tables)))
     folder = job.out / f"{job.seed}" / f"work-{method.name}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

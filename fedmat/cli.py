@@ -253,6 +253,9 @@ def predict(
     records: Annotated[
         Path, typer.Argument(metavar="FILE", help="CSV, Excel, Parquet or JSON with contract field names and units.")
     ],
+    site: Annotated[
+        str | None, typer.Option(help="Use the model this site made for its own materials; it lies in the site's workspace.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write a CSV file instead of printing.")] = None,
     home: Home = None,
     tracking_uri: Store = None,
@@ -261,16 +264,20 @@ def predict(
     """Predict a property for raw records.
 
     Records hold formula, SMILES or mixture, and conditions; never feature vectors.
-    Gives the task's property in its own unit, and whether the record lies inside the range the model was trained on.
+    Gives the task's property in its own unit with the ends of its interval, and whether the record lies inside the range the
+    model was trained on. With --site it is the site's own mixture, made of the joint model and its own.
 
     Example:  fedmat predict latest new-cells.csv --out predictions.csv
     """
     from fedmat import console, files, lineage, places, serving, wire
     from fedmat.data import layout
 
-    path = places.find_model(model, home)
+    path = places.site_model(model, site, home) if site else places.find_model(model, home)
     with console.working("predicting"):
-        found = wire.load_model(path) if path else lineage.load(model, tracking_uri or lineage.registry_uri(Path.cwd()))
+        if path is None:
+            found: Any = lineage.load(model, tracking_uri or lineage.registry_uri(Path.cwd()))
+        else:
+            found = wire.load_site_model(path) if site else wire.load_model(path)
         frame = layout.read(records)
         answers = serving.predict(found, frame)
     unit = str(wire.plain(found.spec)["task"]["unit"])

@@ -85,8 +85,8 @@ def site_check(
             fix=f'replace every "{draft.TO_CONFIRM}" in the file by what is true of your data',
         )
     member = places.consortium_of(site_yaml, consortium)
-    wanted = target or (member[1].task.target if member else None)
-    if wanted is None:
+    wanted = [target] if target else [t.target for t in member[1].tasks] if member else []
+    if not wanted:
         raise ConfigError(
             "what is to be predicted is not known: no consortium.yaml above lists this site file",
             fix="name the consortium file with --consortium, or the field with --target",

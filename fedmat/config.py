@@ -73,7 +73,7 @@ class GraphSpec(Settings):
     field: str = Field("", description="the structure or SMILES field; by default the record type's first")
     width: int = Field(64, ge=4, description="numbers a node carries")
     layers: int = Field(3, ge=1)
-    convolution: Literal["cgcnn", "schnet"] = "cgcnn"
+    convolution: Literal["cgcnn", "schnet"] = Field("schnet", description="as good as cgcnn and half the work")
 
 
 class ModelSpec(Settings):
@@ -155,6 +155,10 @@ class PlanSettings(Settings):
     schedule: Schedule = Schedule()
     site_weights: Literal["equal", "rows"] = "equal"
     max_weight_share: float = Field(0.5, gt=0, le=1, description="no site counts for more than this share of a round")
+    scaling: Literal["standard", "quantile"] = Field(
+        "standard",
+        description="of the features: mean and spread, or normal scores, which need counts of every feature's values from the sites",
+    )
     quorum: int = Field(2, ge=1, description="sites that must answer well before a round closes")
     deadline_s: float = Field(120.0, gt=0, description="time a site has for one request")
     max_update_norm: float = Field(1e3, gt=0, description="larger updates are rejected")

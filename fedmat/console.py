@@ -222,22 +222,22 @@ def show_result(metrics: Mapping[str, Any]) -> None:
     grid.add_column("records", justify="right")
     rows = words.table(metrics)
     abroad = any(row["global_local"] is not None for row in rows)
-    for name in ("alone", "federated", "fine-tuned", "pooled", "gain", *(["alone on all"] if abroad else [])):
+    for name in ("alone", "federated", "fine-tuned", "personal", "pooled", "gain", *(["alone on all"] if abroad else [])):
         grid.add_column(name, justify="right")
     for row in rows:
         last = row is rows[-1]
         if last:
             grid.add_section()
         cells = []
-        for arm in ("local", "federated", "finetuned", "pooled"):
+        for arm in ("local", "federated", "finetuned", "personal", "pooled"):
             value = row[f"own_{arm}"]
             text = words.number(value) if value is not None else "-"
             cells.append(f"[bold green]{text} *[/]" if row["best"] == arm else text)
-        gain = words.percent(row["gain_percent"]) if row["gain_percent"] is not None else "-"
+        gain = words.percent(row["personal_gain_percent"]) if row["personal_gain_percent"] is not None else "-"
         everywhere = [words.number(row["global_local"]) if row["global_local"] is not None else "-"] if abroad else []
         grid.add_row(escape(row["site"]), f"{row['rows']:,}", *cells, gain, *everywhere)
     console.print(grid)
-    note = "* best for the site; gain: federated against alone"
+    note = "* best for the site; personal: the site's own mixture of these models; gain: personal against alone"
     if metrics["simulated"]:
         note += (
             "; pooled: all records in one place, an upper bound;\nalone on all: the site's own model on every site's materials"

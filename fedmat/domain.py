@@ -16,6 +16,7 @@ from fedmat.weights import Weights
 
 Array = NDArray[np.float64]
 Digests = NDArray[np.uint64]
+RANK_GRID: Array = np.linspace(-5.0, 5.0, 201)  # standard deviations from the mean: what quantile scaling resolves
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ class Scaler:
     Attributes:
         active: 1.0 where the feature varies in the consortium's training data, else 0.0; inactive features are dropped.
         y_mean, y_scale: of each task's transformed target, shape ``n_tasks``.
+        scores: for quantile scaling, the normal score of each of ``RANK_GRID`` for every feature, shape ``n_features x k``;
+            empty for plain standardisation.
     """
 
     mean: Array
@@ -140,11 +143,16 @@ class Scaler:
     y_mean: Array
     y_scale: Array
     clip: float = 5.0
+    scores: Array = field(default_factory=lambda: np.zeros((0, 0)))
 
     def features(self, x: Array) -> NDArray[np.float32]:
         """Returns standardised features of shape ``n x n_active``; a missing value (NaN) becomes the mean, i.e. zero."""
         keep = self.active > 0
         z = (x[:, keep] - self.mean[keep]) / self.scale[keep]
+        if len(self.scores):
+            there = np.isfinite(z)
+            z = np.stack([np.interp(z[:, j], RANK_GRID, s) for j, s in enumerate(self.scores[keep])], axis=1)
+            z = np.where(there, z, 0.0)
         return np.clip(np.nan_to_num(z, nan=0.0), -self.clip, self.clip).astype(np.float32)
 
     def target(self, y: Array) -> NDArray[np.float32]:
@@ -154,6 +162,22 @@ class Scaler:
     def restore(self, z: Array) -> Array:
         """Returns network output ``... x n_tasks`` in the transformed targets' units."""
         return z * self.y_scale + self.y_mean
+
+
+@dataclass(frozen=True)
+class RanksRequest:
+    """Asks a site how its training features spread over the public grid, for quantile scaling."""
+
+    plan_sha256: str
+    scaler: Scaler
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Counts of one site's standardised training features around each of ``RANK_GRID``, shape ``n_features x k``."""
+
+    site: str
+    counts: Array
 
 
 @dataclass(frozen=True)
@@ -342,12 +366,13 @@ Request = (
     | RemoveRequest
     | AttestRequest
     | StatisticsRequest
+    | RanksRequest
     | TrainRequest
     | BaselineRequest
     | EvaluateRequest
     | CalibrateRequest
 )
-Answer = Offer | Removed | Attestation | Statistics | Update | Baseline | Evaluation | Calibration
+Answer = Offer | Removed | Attestation | Statistics | Ranks | Update | Baseline | Evaluation | Calibration
 
 
 @dataclass(frozen=True)

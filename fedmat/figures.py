@@ -34,7 +34,7 @@ _STYLE: Any = {
     "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
 }  # fmt: skip
 _MARKS, _LINES = "osD^vP*X", ("-", "--", "-.", ":")
-COLOURS: Mapping[str, int] = {"federated": 0, "local": 1, "finetuned": 2, "pooled": 3, "dummy": 6}
+COLOURS: Mapping[str, int] = {"federated": 0, "local": 1, "finetuned": 2, "pooled": 3, "dummy": 6, "personal": 5}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fedmat import files
 from fedmat.config import ConsortiumConfig, load_consortium
 from fedmat.errors import ConfigError
 
@@ -91,6 +92,24 @@ def find_model(text: str, home: Path | None = None) -> Path | None:
     if text.startswith(("fedmat-", "models:/")):
         return None
     return find_run(text, home) / MODEL
+
+
+def site_model(text: str, site: str, home: Path | None = None) -> Path:
+    """Returns the file of the model that a site made for its own materials in a run; it lies in the site's workspace.
+
+    Raises:
+        ConfigError: there is no such run, or the site has made none in it.
+    """
+    folder = find_run(text, home)
+    plan = files.sha256(files.canonical_json(files.read_json(folder / PLAN)))
+    path = folder.parents[1] / "sites" / site / "state" / plan[:16] / "personal.safetensors"
+    if not path.is_file():
+        there = sorted(p.parents[2].name for p in folder.parents[1].glob(f"sites/*/state/{plan[:16]}/personal.safetensors"))
+        raise ConfigError(
+            f"site '{site}' has no model of its own in run {folder.name}",
+            fix=f"use one of {', '.join(there)}" if there else "let the run finish: fedmat run CONSORTIUM",
+        )
+    return path
 
 
 def consortium_of(site_file: Path, named: Path | None = None) -> tuple[Path, ConsortiumConfig] | None:

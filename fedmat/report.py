@@ -18,6 +18,7 @@ import numpy as np
 
 from fedmat import evidence as ev
 from fedmat import figures, files, wire
+from fedmat.errors import StateError
 from fedmat.evidence import Evidence
 from fedmat.figures import Point
 from fedmat.verdict import UNKNOWN, number, percent, score, size, table, unit_of, verdict
@@ -132,12 +133,7 @@ def _checks(e: Evidence) -> list[tuple[str, str, str]]:
                 f"{len(e.rounds)} of {asked} rounds",
             )
         )
-    if e.rounds and there and e.metrics is not None:
-        made = wire.load_model(e.folder / ev.MODEL)
-        last = e.rounds[-1]["model_sha256"] == wire.weights_digest(made.weights, made.scaler)
-        out.append(("The last round produced this model", "proved" if last else "refuted", "digest in the last round's report"))
-    else:
-        out.append(("The last round produced this model", UNKNOWN, f"{ev.ROUNDS} or {ev.METRICS} is missing"))
+    out.append(("The last round produced this model", *_last_round(e)))
     out.append(
         (
             "A site really trained on the data it named",
@@ -146,6 +142,18 @@ def _checks(e: Evidence) -> list[tuple[str, str, str]]:
         )
     )
     return out
+
+
+def _last_round(e: Evidence) -> tuple[str, str]:
+    """Returns (verdict, how) of whether the model in the folder is the one the last round's report names."""
+    if not e.rounds or not (e.folder / ev.MODEL).is_file():
+        return UNKNOWN, f"{ev.ROUNDS} or {ev.MODEL} is missing"
+    try:
+        model = wire.load_model(e.folder / ev.MODEL)
+    except StateError:
+        return "refuted", f"{ev.MODEL} cannot be read"
+    same = e.rounds[-1]["model_sha256"] == wire.weights_digest(model.weights, model.scaler)
+    return "proved" if same else "refuted", "digest in the last round's report"
 
 
 def _files(folder: Path) -> list[tuple[str, str, int]]:

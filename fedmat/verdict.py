@@ -14,7 +14,7 @@ from typing import Any
 from fedmat.data.contract import RECORD_TYPES
 
 UNKNOWN = "not evidenced"
-_USABLE = ("local", "federated", "finetuned")  # what a site can use; pooled data it cannot
+_USABLE = ("local", "federated", "finetuned", "personal")  # what a site can use; pooled data it cannot
 _NOISE = 0.01  # a difference below one percent is called none
 
 
@@ -29,7 +29,7 @@ def table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     overall = metrics["global"]
     rows = []
     for site, row in sorted(metrics["sites"].items()):
-        own = {arm: score(row["own"].get(arm), metric) for arm in ("local", "federated", "finetuned", "pooled")}
+        own = {arm: score(row["own"].get(arm), metric) for arm in (*_USABLE, "pooled")}
         rows.append({
             "site": site,
             "organisation": row["organisation"],
@@ -37,13 +37,14 @@ def table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
             **{f"own_{arm}": v for arm, v in own.items()},
             "gain_percent": gain(own["local"], own["federated"], metric),
             "finetuned_gain_percent": gain(own["local"], own["finetuned"], metric),
+            "personal_gain_percent": gain(own["local"], own["personal"], metric),
             "best": _best(own, metric),
             "global_local": score(row["global"].get("local"), metric),
             "global_finetuned": score(row["global"].get("finetuned"), metric),
             "global_federated": score(overall.get("federated"), metric),
             "global_pooled": score(overall.get("pooled"), metric),
         })  # fmt: skip
-    whole = {f"own_{arm}": _joined(metrics, arm) for arm in ("local", "federated", "finetuned", "pooled")}
+    whole = {f"own_{arm}": _joined(metrics, arm) for arm in (*_USABLE, "pooled")}
     rows.append({
         "site": "all sites",
         "organisation": "",
@@ -51,6 +52,7 @@ def table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         **whole,
         "gain_percent": gain(whole["own_local"], whole["own_federated"], metric),
         "finetuned_gain_percent": gain(whole["own_local"], whole["own_finetuned"], metric),
+        "personal_gain_percent": gain(whole["own_local"], whole["own_personal"], metric),
         "best": None,
         "global_local": score(overall.get("local_mean"), metric),
         "global_finetuned": score(overall.get("finetuned_mean"), metric),
@@ -102,6 +104,16 @@ def verdict(metrics: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         for x in metrics["exclusions"]
         if x["round"] < 0
     ]
+    matching = metrics.get("matching")
+    gone = {s: sum(c.values()) for s, c in matching["removed"].items()} if matching else {}
+    if sum(gone.values()):
+        each = ", ".join(f"{s} {n}" for s, n in sorted(gone.items()) if n)
+        out.append(
+            (
+                f"Left out of training, because another site or anyone's test holds the same: {sum(gone.values())} rows ({each}).",
+                [],
+            )
+        )
     in_rounds = [x for x in metrics["exclusions"] if x["round"] >= 0]
     left = sorted({x["site"] for x in in_rounds})
     if left:
@@ -162,7 +174,11 @@ def _bottom_line(sites: Mapping[str, Any], kinds: Mapping[str, str], metric: str
         many = "all" if sure == len(winners) > 1 else _count(sure)
         line += f", {many} of them clearly (95\u00a0% intervals {'apart' if sure else 'overlap'})"
     lost = {s: _best({a: score(sites[s]["own"].get(a), metric) for a in _USABLE}, metric) for s in kinds if kinds[s] == "loss"}
-    for best, words in (("finetuned", "only by fine-tuning the joint model"), ("local", "not at all: its own model is better")):
+    for best, words in (
+        ("finetuned", "only by fine-tuning the joint model"),
+        ("personal", "only by mixing the joint model with its own"),
+        ("local", "not at all: its own model is better"),
+    ):
         found = [str(sites[s]["organisation"]) for s in lost if lost[s] == best]
         if found:
             line += f"; {_listed(found)} {words if len(found) == 1 else words.replace('its', 'their').replace('model is', 'models are')}"
@@ -196,15 +212,17 @@ def _overall(overall: Mapping[str, Any], joint: float, metric: str, unit: str, t
 
 def _site(row: Mapping[str, Any], metric: str, unit: str) -> tuple[str, str]:
     own = row["own"]
-    local, federated, tuned = (score(own.get(a), metric) for a in ("local", "federated", "finetuned"))
+    local, federated, tuned, personal = (score(own.get(a), metric) for a in _USABLE)
     won = gain(local, federated, metric)
     if won is None or local is None or federated is None:
         return "a value is missing.", "unknown"
     words = f"{number(local)} alone, {number(federated)}{unit} with the joint model ({percent(won)}"
     words += f"; {_certainty(own['local'], own['federated'], metric)})."
-    best = _best({"local": local, "federated": federated, "finetuned": tuned}, metric)
+    best = _best({"local": local, "federated": federated, "finetuned": tuned, "personal": personal}, metric)
     if best == "finetuned" and tuned is not None:
         words += f" Fine-tuned at the site it reaches {number(tuned)}: best for its own materials."
+    elif best == "personal" and personal is not None:
+        words += f" Mixed with its own model at the site it reaches {number(personal)}: best for its own materials."
     elif best == "local" and won < 0:
         words += " Keep your own model for your own materials."
     return words, "same" if abs(won) < 100 * _NOISE else "gain" if won > 0 else "loss"
@@ -276,7 +294,7 @@ def _best(own: Mapping[str, float | None], metric: str) -> str | None:
 def _joined(metrics: Mapping[str, Any], arm: str) -> float | None:
     """Returns an arm's metric over all own slices together, each site using its own model; None where sums are not known."""
     metric = metrics["task"]["metric"]
-    parts = [row["own"].get(arm) for row in metrics["sites"].values()]
+    parts = [row["own"].get(arm) for row in metrics["sites"].values() if row["n_test"]]
     if metric == "auc" or any(score(p, metric) is None for p in parts):
         return None
     power = 2.0 if metric == "rmse" else 1.0

@@ -31,7 +31,7 @@ _HEADER = "fedmat"
 _TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        domain.Attestation, domain.AttestRequest, domain.StatisticsRequest, domain.Statistics, domain.Scaler,
+        domain.Attestation, domain.AttestRequest, domain.StatisticsRequest, domain.Statistics, domain.Scaler, domain.RanksRequest, domain.Ranks,
         domain.TrainRequest, domain.Update, domain.BaselineRequest, domain.Baseline, domain.EvaluateRequest,
         domain.MatchRequest, domain.Offer, domain.RemoveRequest, domain.Removal, domain.Removed,
         domain.Evaluation, domain.CalibrateRequest, domain.Calibration, domain.Network, domain.SiteModel, domain.GlobalModel, domain.Dropout, domain.Rejection, domain.Checkpoint,
@@ -90,12 +90,21 @@ def load_model(path: Path) -> domain.GlobalModel:
     Raises:
         StateError: the file is missing or damaged.
     """
+    return _load(path, domain.GlobalModel)
+
+
+def _load(path: Path, kind: type[M]) -> M:
     try:
-        return decode(path.read_bytes(), domain.GlobalModel)
+        return decode(path.read_bytes(), kind)
     except FileNotFoundError:
         raise StateError(f"{path}: no such model file", fix="train first, or name another run") from None
     except WireError as error:
         raise StateError(f"{path}: not a fedmat model: {error.what}", fix="restore the file or train again") from None
+
+
+def load_site_model(path: Path) -> domain.SiteModel:
+    """Reads a site's own model; errors as in :func:`load_model`."""
+    return _load(path, domain.SiteModel)
 
 
 def plain(value: Any) -> Any:

@@ -125,7 +125,7 @@ def _benefit(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for site, found in metrics["sites"].items():
         row: dict[str, Any] = {"site": site, "organisation": found["organisation"], "test rows": found["n_test"]}
-        for arm in ("local", "federated", "finetuned", "pooled"):
+        for arm in ("local", "federated", "finetuned", "personal", "pooled"):
             row[f"{arm} (own)"] = found["own"].get(arm, {}).get(measure)
         rows.append(row)
     return rows

@@ -9,11 +9,12 @@ import numpy as np
 
 from fedmat import files
 from fedmat.config import ConsortiumConfig
+from fedmat.domain import GlobalModel, RoundReport
 from fedmat.features.table import TEST, TRAIN, VALIDATION, FeatureTable
 from fedmat.federation.coordinator import Coordinator
 from fedmat.federation.engine import Handler, InProcessEngine
 from fedmat.federation.plan import Plan
-from fedmat.federation.site import SiteWorker
+from fedmat.federation.site import MatchingKeys, SiteWorker
 from fedmat.models.network import Architecture
 from fedmat.seeds import stream
 
@@ -21,7 +22,12 @@ SITES = ("ash", "birch", "cedar", "dogwood")
 
 
 def config(
-    sites: tuple[str, ...] = SITES, *, simulated: bool = True, task: dict[str, object] | None = None, **plan: object
+    sites: tuple[str, ...] = SITES,
+    *,
+    simulated: bool = True,
+    task: dict[str, object] | None = None,
+    auxiliary: tuple[dict[str, object], ...] = (),
+    **plan: object,
 ) -> ConsortiumConfig:
     """A small consortium file; ``plan`` overrides keys of its plan section."""
     settings = {
@@ -40,6 +46,7 @@ def config(
             "simulated": simulated,
             "task": task
             or {"name": "hardness", "record_type": "alloy", "target": "hardness_hv", "unit": "", "transform": "identity"},
+            "auxiliary": list(auxiliary),
             "features": ["composition"],
             "model": {"hidden": [8]},
             "plan": settings,
@@ -61,20 +68,30 @@ def table(site: str, rows: int = 60, seed: int = 3, *, binary: bool = False) -> 
     return FeatureTable(("a", "b", "c", "same"), x, y, group, split, bound, group, sha256="t" * 64, features_sha256="f" * 64)
 
 
-def worker(site: str, settings: ConsortiumConfig, folder: Path, data: FeatureTable | None = None) -> SiteWorker:
+def worker(
+    site: str,
+    settings: ConsortiumConfig,
+    folder: Path,
+    data: FeatureTable | None = None,
+    keys: MatchingKeys | None = None,
+) -> SiteWorker:
     """A site's real worker over a synthetic table."""
     data = data or table(site, binary=settings.task.kind == "binary")
     manifest = {"sha256": files.sha256(data.x.tobytes()), "rejected": {"missing": 1}}
-    return SiteWorker(site, Plan.of(settings), data, manifest, folder / "sites" / site)
+    return SiteWorker(site, Plan.of(settings), data, manifest, folder / "sites" / site, keys)
 
 
 def handlers(
-    settings: ConsortiumConfig, folder: Path, bad: Mapping[str, Callable[[Handler], Handler]] | None = None
+    settings: ConsortiumConfig,
+    folder: Path,
+    bad: Mapping[str, Callable[[Handler], Handler]] | None = None,
+    data: Mapping[str, FeatureTable] | None = None,
+    keys: Mapping[str, MatchingKeys] | None = None,
 ) -> dict[str, Handler]:
-    """Every site's handler; ``bad`` wraps some of them to misbehave."""
+    """Every site's handler over its ``data``; ``bad`` wraps some of them to misbehave."""
     out = {}
     for site in settings.roster:
-        handle = worker(site, settings, folder).handle
+        handle = worker(site, settings, folder, (data or {}).get(site), (keys or {}).get(site)).handle
         out[site] = (bad or {}).get(site, lambda h: h)(handle)
     return out
 
@@ -87,8 +104,27 @@ def coordinator(settings: ConsortiumConfig, folder: Path) -> Coordinator:
     return Coordinator(plan, lambda n: architecture.initial_weights(n, plan.settings.seed), folder / "run")
 
 
-def run(settings: ConsortiumConfig, folder: Path, bad: Mapping[str, Callable[[Handler], Handler]] | None = None):  # type: ignore[no-untyped-def]
-    """Runs to the end; returns the reports and the global model."""
+def run(
+    settings: ConsortiumConfig,
+    folder: Path,
+    bad: Mapping[str, Callable[[Handler], Handler]] | None = None,
+    *,
+    data: Mapping[str, FeatureTable] | None = None,
+    keys: Mapping[str, MatchingKeys] | None = None,
+    stop: int | None = None,
+) -> tuple[list[RoundReport], GlobalModel | None]:
+    """Runs to the end, or for ``stop`` rounds and no further; returns the reports and the global model."""
     lead = coordinator(settings, folder)
-    reports = list(lead.run(InProcessEngine(handlers(settings, folder, bad))))
+    rounds = lead.run(InProcessEngine(handlers(settings, folder, bad, data, keys)))
+    if stop is not None:
+        reports = [next(rounds) for _ in range(stop)]
+        rounds.close()
+        return reports, None
+    reports = list(rounds)
     return reports, lead.model()
+
+
+def setup(folder: Path) -> dict[str, object]:
+    """What the coordinator noted of attestations and failures before the first round."""
+    found: dict[str, object] = files.read_json(folder / "run" / "attestations.json")
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -167,7 +168,10 @@ def test_a_registered_name_and_a_run_predict_the_same_from_raw_records(ran: tupl
     as_json.write_text(json.dumps([{"formula": "Al0.5Ni0.5", "temperature_k": 300}]))
     out = folder / "out.csv"
     fedmat("predict", name, str(as_json), "--out", str(out), "--home", str(folder / "home"))
-    assert float(out.read_text().splitlines()[1].split(",")[-2]) == pytest.approx(answer[0]["prediction"])
+    with out.open(newline="") as handle:
+        (written,) = csv.DictReader(handle)
+    assert float(written["prediction"]) == pytest.approx(answer[0]["prediction"])
+    assert float(written["low"]) < float(written["prediction"]) < float(written["high"])
     bad = fedmat("predict", "fedmat-small-hardness@nobody", str(records), *store)
     assert bad.exit_code == 2
 

@@ -91,7 +91,7 @@ def test_consortium_and_its_sites_load_and_agree(path: Path) -> None:
 
 
 def test_every_example_says_that_one_operator_holds_its_data_and_that_its_companies_are_invented() -> None:
-    assert len(CONSORTIA) == 8
+    assert len(CONSORTIA) == 11
     for path in CONSORTIA:
         consortium = load_consortium(path)
         assert consortium.simulated
@@ -321,6 +321,63 @@ def test_cells_are_the_published_ones_and_the_last_batch_is_all_test(
     secondary = {r["cell"] for r in table if r["split"] == "secondary_test"}
     assert len(secondary) == 40 and set(together.loc[together["cell"].isin(secondary), "side"]) == {splits.TEST}
     assert together["capacity_2_ah"].between(1.0, 1.1).all(), "no logger spike is left"
+
+
+def test_perovskites_are_divided_by_their_a_element_and_pairs_stay_on_one_side(public_data: Path) -> None:
+    from pymatgen.core import Composition, Element
+
+    own = own_table("perovskites")
+    parts = [
+        pd.read_csv(public_data / "perov5_structures" / f"perov5_{src}.csv", usecols=["formula"]).assign(src=src)
+        for src in ("val", "test")
+    ]
+    assert [(r["src"], int(r["row"])) for r in own] == [(p["src"].iloc[0], i) for p in parts for i in range(len(p))]
+    formulas = list(pd.concat(parts)["formula"])
+    groups = [Element(re.match(r"[A-Z][a-z]?", f)[0]).group for f in formulas]  # type: ignore[index]
+    places = [("alkaline", 2), ("early-metals", 5), ("late-metals", 12), ("p-block", 18)]
+    assert [r["site"] for r in own] == [next(site for site, last in places if g <= last) for g in groups]
+    sides: dict[str, list[str]] = {}
+    for formula, row in zip(formulas, own, strict=True):
+        sides.setdefault(Composition(formula).alphabetical_formula, []).append(row["split"])
+    assert all(len(set(s)) == 1 for s in sides.values()), "a swapped pair is on both sides"
+    assert sum(s[0] == "test" for s in sides.values()) == round(0.15 * len(sides))
+    assert sum(len(s) for s in sides.values() if len(s) > 1 and s[0] == "test") == 464
+
+
+def test_elastic_moduli_are_divided_by_chemistry_and_formulas_stay_on_one_side(public_data: Path) -> None:
+    from pymatgen.core import Composition
+
+    path = public_data / "mp_elastic_structures_join" / "elastic_structures.csv.gz"
+    if not path.is_file():
+        pytest.skip(f"no {path.name} in the folder of public data: it is not published")
+    own, formulas = own_table("elastic-moduli"), list(pd.read_csv(path, usecols=["formula"])["formula"])
+    kinds = [
+        ("salts", {"O", "F", "Cl", "Br", "I", "S", "Se", "Te"}),
+        ("pnictides", {"N", "P", "As", "Sb", "Bi"}),
+        ("hard-metals", {"H", "B", "C", "Si", "Ge"}),
+    ]
+    sides: dict[str, set[str]] = {}
+    for i, (formula, row) in enumerate(zip(formulas, own, strict=True)):
+        symbols = {e.symbol for e in Composition(formula)}
+        assert (int(row["row"]), row["site"]) == (i, next((s for s, k in kinds if symbols & k), "intermetallics"))
+        sides.setdefault(Composition(formula).reduced_formula, set()).add(row["split"])
+    assert all(len(s) == 1 for s in sides.values())
+    assert sum(s == {"test"} for s in sides.values()) == round(0.2 * len(sides))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("folder", "counts"), [("perovskites", (6425, 1147)), ("elastic-moduli", (916, 230))])
+def test_crystals_are_the_published_rows_each_with_its_structure(
+    folder: str, counts: tuple[int, int], public_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDMAT_DATA", str(public_data))
+    if folder == "elastic-moduli" and not (public_data / "mp_elastic_structures_join" / "elastic_structures.csv.gz").is_file():
+        pytest.skip("no elastic_structures.csv.gz in the folder of public data: it is not published")
+    frames = prepared(EXAMPLES / folder / "consortium.yaml", tmp_path)
+    check_against_table(frames, own_table(folder), {})
+    together = pd.concat(frames.values())
+    assert ((together["side"] != splits.TEST).sum(), (together["side"] == splits.TEST).sum()) == counts
+    assert together["structure"].str.startswith("{").all()
 
 
 def test_committed_site_tables_say_what_the_study_said(public_data: Path) -> None:

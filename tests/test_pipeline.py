@@ -39,7 +39,7 @@ def test_the_metrics_hold_both_numbers_for_every_site_and_arm(finished) -> None:
     _, metrics = finished
     assert set(metrics["sites"]) == set(small.COMPANIES)
     for row in metrics["sites"].values():
-        assert set(row["own"]) == {"local", "federated", "finetuned", "pooled"}
+        assert set(row["own"]) == {"local", "federated", "finetuned", "personal", "pooled"}
         assert set(row["global"]) == {"local", "finetuned"}
         assert all(m["mae"] > 0 for m in row["own"].values())
     total = sum(row["n_test"] for row in metrics["sites"].values())
@@ -138,10 +138,11 @@ def test_a_consortium_of_real_companies_has_no_pooled_model_and_shares_no_local_
     assert "pooled" not in metrics["global"]
     assert "local_mean" not in metrics["global"]
     for row in metrics["sites"].values():
-        assert set(row["own"]) == {"local", "federated", "finetuned"}
+        assert set(row["own"]) == {"local", "federated", "finetuned", "personal"}
         assert row["global"] == {}
+        assert sum(row["mixture"].values()) == pytest.approx(1.0)
     arms = sorted(p.name for p in (run.folder / "arms").glob("*.safetensors"))
-    assert len(arms) == 6
+    assert arms == sorted(f"{a}-{s}.safetensors" for a in ("local", "finetuned", "personal") for s in run.sites)
     assert all((run.folder / "arms" / a).stat().st_size < 12_000 for a in arms), "weights of a local model left its site"
 
 

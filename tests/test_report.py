@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -14,7 +15,8 @@ import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmat import figures, files, report, verdict
+from fedmat import figures, files, report, verdict, wire
+from fedmat import weights as wts
 from fedmat.errors import StateError
 from fedmat.figures import Point
 
@@ -167,7 +169,25 @@ def test_a_changed_model_file_is_refuted(tmp_path: Path, monkeypatch: pytest.Mon
     folder = runs.build(tmp_path)
     with (folder / "model.safetensors").open("ab") as handle:
         handle.write(b"x")
-    assert "model.safetensors: SHA-256 is" in _Page(report.write(folder).read_text()).text
+    text = _Page(report.write(folder).read_text()).text
+    assert "model.safetensors: SHA-256 is" in text and "model.safetensors cannot be read" in text
+
+
+def test_another_model_than_the_last_rounds_is_refuted_and_a_missing_one_is_not_evidenced(tmp_path: Path) -> None:
+    folder = runs.build(tmp_path)
+    model = wire.load_model(folder / "model.safetensors")
+
+    def last_round() -> str:
+        return next(verdict_ for claim, verdict_, _ in report._checks(report.Evidence.read(folder)) if "last round" in claim)
+
+    assert last_round() == "proved"
+    spec = {**model.spec, "interval": {"level": 0.9, "half_width": 9.0, "sites": {}}}
+    wire.save_model(dataclasses.replace(model, spec=spec), folder / "model.safetensors")
+    assert last_round() == "proved", "what is said about the weights is not what the rounds made"
+    wire.save_model(dataclasses.replace(model, weights=wts.zeros_like(model.weights)), folder / "model.safetensors")
+    assert last_round() == "refuted"
+    (folder / "model.safetensors").unlink()
+    assert last_round() == "not evidenced"
 
 
 def test_no_run_folder_and_a_damaged_file_are_state_errors(tmp_path: Path) -> None:
@@ -234,7 +254,7 @@ def test_joined_slices_equal_the_metric_of_all_rows(rows: list[tuple[int, float]
 
     m = {
         "task": {"metric": metric},
-        "sites": {str(i): {"own": {"local": {"n": len(x), metric: one(x)}}} for i, x in enumerate(errors)},
+        "sites": {str(i): {"n_test": len(x), "own": {"local": {"n": len(x), metric: one(x)}}} for i, x in enumerate(errors)},
     }
     assert verdict._joined(m, "local") == pytest.approx(one(np.concatenate(errors)))
 

@@ -75,7 +75,7 @@ def find(offers: Mapping[str, Offer], *, sources: bool = False) -> Found:
     """
     names = sorted(offers)
     for name in names:
-        _check(name, offers[name])
+        check(name, offers[name])
     marks = {offers[name].fingerprint for name in names}
     if len(marks) > 1:
         raise SiteRefused(
@@ -137,7 +137,8 @@ def _distinct(digests: Digests) -> Digests:
     return np.unique(digests[digests != 0])
 
 
-def _check(name: str, given: Offer) -> None:
+def check(name: str, given: Offer) -> None:
+    """Raises WireError when an offer is not what site ``name`` may send; see :func:`find`."""
     if given.site != name:
         raise WireError(f"site {name} offered the keys of another site")
     sides = ((given.train, (MATERIAL, MEASUREMENT, SOURCE), given.n_train), (given.test, (MATERIAL, SOURCE), given.n_test))

@@ -11,8 +11,17 @@ from dataclasses import replace
 
 from fedmat.data.contract import Field, RecordType
 
+_LI2O = (
+    '{"@class":"Structure","@module":"pymatgen.core.structure",'
+    '"lattice":{"matrix":[[0.0,2.31,2.31],[2.31,0.0,2.31],[2.31,2.31,0.0]]},'
+    '"sites":[{"abc":[0.25,0.25,0.25],"species":[{"element":"Li","occu":1.0}]},'
+    '{"abc":[0.75,0.75,0.75],"species":[{"element":"Li","occu":1.0}]},'
+    '{"abc":[0.0,0.0,0.0],"species":[{"element":"O","occu":1.0}]}]}'
+)
+
 _EXAMPLE: Mapping[str, str | float] = {
     "formula": "Li2O",
+    "structure": _LI2O,
     "temperature_k": 300.0,
     "salt": "LiPF6",
     "concentration": 1.0,

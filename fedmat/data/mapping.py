@@ -236,7 +236,7 @@ def _reader(target: Field, unit: str | None, notation: Notation, spec: Column | 
     if target.kind == "number":
         return partial(_number, target=target, unit=unit or "", notation=notation, clean=clean)
     if target.kind == "structure":
-        return _structure
+        return partial(_structure, missing=notation.missing, spec=spec)
     if target.kind == "mixture":
         return lambda cell: _mixture_cell(clean(cell), notation)
     symbols = target.kind in ("formula", "smiles")
@@ -281,11 +281,15 @@ def _number(cell: Any, *, target: Field, unit: str, notation: Notation, clean: C
     return (math.nan, "", "not_a_number") if math.isinf(value) else (value, number.bound, "")
 
 
-def _structure(cell: Any) -> tuple[str, str, str]:
+def _structure(cell: Any, missing: Sequence[str] = (), spec: Column | None = None) -> tuple[str, str, str]:
+    """Reads the text of a CIF or of pymatgen JSON; its line breaks are part of it, so only its ends are cleaned."""
     if isinstance(cell, structures.Canonical):
         return str(cell), "", ""
-    text = "" if cell is None else str(cell)
-    if not text.strip() or text.strip() in cells.SYMBOL_BLANKS:
+    text = cell.strip() if isinstance(cell, str) else cells.text_of(cell)
+    if spec is not None:
+        text = text.strip(f"{spec.strip} ") if spec.strip else text
+        text = spec.replace.get(text, text)
+    if cells.is_blank(text, missing, symbols=True):
         return "", "", ""
     parsed = structures.parse(text)
     return ("", "", "bad_structure") if parsed is None else (parsed[1], "", "")

@@ -139,15 +139,18 @@ def conditions(rt: RecordType) -> tuple[Field, ...]:
     """Returns the fields that tell one measurement of a material from another, beside the target.
 
     Those the contract lists as identifying and that are neither the material, nor an outcome, nor an optional label of a site's
-    own words (a structural family, a processing route): every house words those differently. Where the material is but a name
-    (a cell's), all required numbers are.
+    own words (a structural family, a processing route): every house words those differently. A structure is one where every
+    record has it, and by its text: two crystals of one composition are two, and one that was relaxed again is not recognised.
+    Where the material is but a name (a cell's), all required numbers are.
     """
     if _named_only(rt):
         return tuple(f for f in rt.fields if f.kind == "number" and f.required and not f.measured)
     fields = [rt.field(name) for name in rt.unique if name not in rt.group]
     labels = ("category", "text")
     return tuple(
-        f for f in fields if not f.measured and f.kind != "structure" and (f.kind not in labels or f.required or f.categories)
+        f
+        for f in fields
+        if not f.measured and (f.required or (f.kind != "structure" and (f.kind not in labels or f.categories)))
     )
 
 

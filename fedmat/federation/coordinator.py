@@ -20,6 +20,7 @@ from fedmat import weights as wts
 from fedmat.aggregation.linear import LinearRule, equal_shares, row_shares
 from fedmat.assurance import duplicates, uncertainty
 from fedmat.domain import (
+    RANK_GRID,
     Array,
     Attestation,
     AttestRequest,
@@ -31,10 +32,13 @@ from fedmat.domain import (
     GlobalModel,
     MatchRequest,
     Offer,
+    Ranks,
+    RanksRequest,
     Rejection,
     Removed,
     RemoveRequest,
     RoundReport,
+    Scaler,
     Statistics,
     StatisticsRequest,
     TrainRequest,
@@ -43,7 +47,7 @@ from fedmat.domain import (
 from fedmat.errors import RoundFailed, SiteRefused, StateError, WireError
 from fedmat.federation.engine import Engine
 from fedmat.federation.plan import Plan
-from fedmat.federation.scaling import federated_scaler
+from fedmat.federation.scaling import federated_scaler, with_scores
 from fedmat.models.laws import temperature_columns
 from fedmat.weights import Weights
 
@@ -116,16 +120,22 @@ class Coordinator:
         """
         plan, path = self.plan, self.folder / MATCHING
         if not plan.settings.deduplicate:
+            files.write_json(path, {"removed": {}, "shared": [], "leaks": []})
             return plan.roster
         if path.exists() and (self.folder / CHECKPOINT).exists():
             return tuple(files.read_json(path)["removed"])
         deadline = plan.settings.deadline_s
         offers: dict[str, Offer] = {}
         for d in engine.broadcast(MatchRequest(plan.sha256), plan.roster, deadline):
-            if isinstance(d.answer, Offer):
-                offers[d.site] = d.answer
-            else:
+            if not isinstance(d.answer, Offer):
                 self._failures.append(_failure(d, "gave no list of keys"))
+                continue
+            try:
+                duplicates.check(d.site, d.answer)
+            except WireError as error:  # law 4: a bad answer costs its site, not the run
+                self._failures.append(Rejection(d.site, "malformed", error.what))
+                continue
+            offers[d.site] = d.answer
         found = duplicates.find(offers)
         requests = {s: RemoveRequest(plan.sha256, r) for s, r in found.removals.items()}
         removed: dict[str, dict[str, int]] = {}
@@ -147,7 +157,7 @@ class Coordinator:
         deliveries = engine.broadcast(request, sites, self.plan.settings.deadline_s)
         good = {d.site: d.answer for d in deliveries if isinstance(d.answer, Attestation) and d.answer.site == d.site}
         self._failures += [_failure(d, "attested for another site") for d in deliveries if d.site not in good]
-        self._need_quorum("attestation", good, deliveries)
+        self._need_quorum("attestation", good, deliveries, self._failures)
         digests = {a.features_sha256 for a in good.values()}
         if len(digests) > 1:
             raise SiteRefused(
@@ -177,6 +187,8 @@ class Coordinator:
         lawful = any(t.law != "none" for t in self.plan.tasks)
         drop = temperature_columns(next(iter(self.attestations.values())).feature_names) if lawful else None
         scaler = federated_scaler([good[s] for s in sorted(good)], binary=self.plan.task.kind == "binary", drop=drop)
+        if self.plan.settings.scaling == "quantile":
+            scaler, deliveries = self._normal_scores(engine, scaler, deliveries)
         weights = self._initial(int(scaler.active.sum()))
         control = wts.zeros_like(weights) if self.plan.settings.algorithm == "scaffold" else {}
         state = Checkpoint(self.plan.sha256, self._attested(), 0, weights, control, scaler, {})
@@ -189,6 +201,27 @@ class Coordinator:
         files.write_json(self.folder / SETUP, setup)
         files.write_atomic(self.folder / CHECKPOINT, wire.encode(state))
         return state
+
+    def _normal_scores(self, engine: Engine, scaler: Scaler, before: Sequence[Delivery]) -> tuple[Scaler, Sequence[Delivery]]:
+        """Adds the normal scores of all sites' features; returns the deliveries with the bytes of both exchanges."""
+        deliveries = engine.broadcast(
+            RanksRequest(self.plan.sha256, scaler), tuple(self.attestations), self.plan.settings.deadline_s
+        )
+        shape = (len(scaler.mean), len(RANK_GRID))
+        good = {
+            d.site: d.answer.counts
+            for d in deliveries
+            if isinstance(d.answer, Ranks) and d.answer.counts.shape == shape
+            and bool((d.answer.counts >= 0).all()) and bool((d.answer.counts.sum(axis=1) <= self.attestations[d.site].n_train).all())
+        }  # fmt: skip
+        self._failures += [_failure(d, "counts that do not fit what it attested") for d in deliveries if d.site not in good]
+        self._need_quorum("feature counts", good, deliveries)
+        sizes = {d.site: (d.bytes_down, d.bytes_up) for d in before}
+        both = [
+            dataclasses.replace(d, bytes_down=d.bytes_down + sizes[d.site][0], bytes_up=d.bytes_up + sizes[d.site][1])
+            for d in deliveries
+        ]
+        return with_scores(scaler, [good[s] for s in sorted(good)]), both
 
     # --- one round -----------------------------------------------------------------------------------------------
 
@@ -277,13 +310,17 @@ class Coordinator:
         return row_shares({s: self.attestations[s].n_train for s in sites}, self.plan.settings.max_weight_share)
 
     def _need_quorum(
-        self, what: str, good: Mapping[str, object], deliveries: Sequence[Delivery], rejections: Sequence[Rejection] = ()
+        self,
+        what: str,
+        good: Mapping[str, object],
+        deliveries: Sequence[Delivery],
+        failures: Sequence[Dropout | Rejection] = (),
     ) -> None:
         quorum = self.plan.settings.quorum
         if len(good) >= quorum:
             return
         why = [f"{a.site} {a.reason}: {a.detail}" for a in [d.answer for d in deliveries] if isinstance(a, Dropout | Rejection)]
-        why += [f"{r.site} {r.reason}: {r.detail}" for r in rejections if f"{r.site} {r.reason}: {r.detail}" not in why]
+        why += [f"{r.site} {r.reason}: {r.detail}" for r in failures if f"{r.site} {r.reason}: {r.detail}" not in why]
         raise RoundFailed(
             f"{what}: {len(good)} of {len(self.plan.roster)} sites answered well, the quorum is {quorum}; " + "; ".join(why),
             fix="mend the named sites, or lower plan.quorum, and run again: it goes on from the last good round",

@@ -124,7 +124,8 @@ def metrics(evaluations: Iterable[Evaluation], kind: str) -> dict[str, Any] | No
     if all(len(e.coverage) for e in parts):
         rows = np.array([e.sums[0] for e in parts])
         covered = np.array([e.coverage for e in parts])
-        out["interval"] = {"covered": float(covered[:, 0].sum() / n), "half_width": float(rows @ covered[:, 3] / n)}
+        width = float(rows @ covered[:, 3] / n)
+        out["interval"] = {"covered": float(covered[:, 0].sum() / n), "half_width": width if math.isfinite(width) else None}
         if len(parts) == 1:
             out["interval"] |= {"low": float(covered[0, 1]), "high": float(covered[0, 2])}
     if kind == "binary":

@@ -1,7 +1,8 @@
 """The only place where records' numbers and the wire meet: reading this file is reviewing what leaves a company.
 
 Knows: one site's feature table, and how to answer each kind of request. What leaves, in full:
-attestations (digests and counts), sums over training rows, weight changes, sums over held-out rows, counts of errors by size.
+attestations (digests and counts), sums over training rows, weight changes, sums over held-out rows, counts of errors by size, and for
+quantile scaling counts of feature values by size.
 Refuses to know: other sites, the coordinator, how messages are delivered.
 """
 
@@ -36,6 +37,8 @@ from fedmat.domain import (
     Network,
     Offer,
     OwnArm,
+    Ranks,
+    RanksRequest,
     Removal,
     Removed,
     RemoveRequest,
@@ -51,7 +54,7 @@ from fedmat.errors import PlanRefused, SiteRefused
 from fedmat.features.table import TEST, TRAIN, VALIDATION, FeatureTable
 from fedmat.federation.evaluation import evaluate, residual_sums
 from fedmat.federation.plan import Plan
-from fedmat.federation.scaling import column_sums, federated_scaler
+from fedmat.federation.scaling import column_sums, federated_scaler, rank_counts, with_scores
 from fedmat.models.laws import temperature_columns
 from fedmat.models.network import Architecture
 from fedmat.seeds import stream
@@ -126,24 +129,10 @@ class SiteWorker:
                 f"site {site}: {rows} training records, the consortium asks for {plan.admission.min_train_records}",
                 fix="add data, or ask the operator to lower admission.min_train_records",
             )
-        if plan.settings.ensemble == 1 and not (table.split == VALIDATION).any():
-            raise SiteRefused(f"site {site}: no validation group is left after the split", fix="add groups, or change splits")
         self._learning = table.part(TRAIN, VALIDATION)  # all rows that any member may learn from
         self._test = table.part(TEST)
-        self._fold = self._folds()
-        numbers = np.arange(len(self._learning))
-        if plan.settings.ensemble == 1:
-            self._rows, self._held = [numbers[self._fold < 0]], [numbers[self._fold == 0]]
-        else:
-            self._rows = [numbers[self._fold != m] for m in range(plan.settings.ensemble)]
-            self._held = [numbers[self._fold == m] for m in range(plan.settings.ensemble)]
-
-    def _folds(self) -> NDArray[np.int64]:
-        """Returns the member that never sees a row, per learning row; -1 where all do."""
-        if self.plan.settings.ensemble == 1:
-            return np.where(self._learning.split == VALIDATION, 0, -1)
-        rng = stream(self.plan.settings.seed, "folds", self.site)
-        return folds.assign(self._learning.component, self.plan.settings.ensemble, rng)
+        self._fold = folds.of_site(self._learning, plan.settings.ensemble, plan.settings.seed, site)
+        self._rows, self._held = folds.members(self._fold, plan.settings.ensemble)
 
     def handle(self, data: bytes) -> bytes:
         """Returns the encoded answer to an encoded request.
@@ -166,6 +155,8 @@ class SiteWorker:
             return self._attest()
         if isinstance(request, StatisticsRequest):
             return self._statistics()
+        if isinstance(request, RanksRequest):
+            return Ranks(self.site, rank_counts(request.scaler, self.table.part(TRAIN).x))
         if isinstance(request, TrainRequest):
             return self._train(request, files.sha256(data))
         if isinstance(request, BaselineRequest):
@@ -185,9 +176,9 @@ class SiteWorker:
     def _remove(self, request: RemoveRequest) -> Removed:
         if self._keys is None or request.removal.site != self.site:
             raise PlanRefused(f"site {self.site}: a removal that is not for this site's keys")
-        _, counts = duplicates.apply(request.removal, self._keys.keys, self._whole.split == TEST)
+        keep, counts = duplicates.apply(request.removal, self._keys.keys, self._whole.split == TEST)
+        self._take_up(self._whole.rows(keep))  # a site left with too few rows refuses here, and is itself again next time
         files.write_atomic(self._state() / REMOVAL, wire.encode(request.removal))
-        self._take_up(kept_rows(self._state(), self._whole, self._keys))
         return Removed(self.site, counts)
 
     def _attest(self) -> Attestation:
@@ -336,7 +327,8 @@ class SiteWorker:
     def _own_scaler(self, common: Scaler) -> Scaler:
         part = self.table.part(TRAIN)
         binary = self.plan.task.kind == "binary"
-        return federated_scaler([column_sums(self.site, part.x, part.y)], binary=binary, drop=self._argument(), known=common)
+        own = federated_scaler([column_sums(self.site, part.x, part.y)], binary=binary, drop=self._argument(), known=common)
+        return with_scores(own, [rank_counts(own, part.x)]) if len(common.scores) else own
 
     def _argument(self) -> NDArray[np.bool_] | None:
         return temperature_columns(self.table.names) if self._architecture.lawful else None

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmat.domain import Array
+from fedmat.features.table import VALIDATION, FeatureTable
+from fedmat.seeds import stream
 
 
 def assign(component: NDArray[np.int64], folds: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -40,6 +42,22 @@ def assign(component: NDArray[np.int64], folds: int, rng: np.random.Generator) -
         rows = np.flatnonzero(code == c)
         out[rows] = rng.permutation(len(rows)) % folds
     return np.asarray(out, dtype=np.int64)
+
+
+def of_site(table: FeatureTable, ensemble: int, seed: int, site: str) -> NDArray[np.int64]:
+    """Returns, per learning row of a site, the member that never sees it; -1 where all do.
+
+    A single network never sees the validation rows; an ensemble divides all learning rows into folds.
+    """
+    if ensemble == 1:
+        return np.where(table.split == VALIDATION, 0, -1)
+    return assign(table.component, ensemble, stream(seed, "folds", site))
+
+
+def members(fold: NDArray[np.int64], ensemble: int) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+    """Returns, for every member, the rows it learns from and the rows it never sees."""
+    numbers = np.arange(len(fold))
+    return [numbers[fold != m] for m in range(ensemble)], [numbers[fold == m] for m in range(ensemble)]
 
 
 def out_of_fold(output: Array, fold: NDArray[np.int64]) -> Array:

@@ -8,6 +8,7 @@ References:
     McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017 (FedAvg).
     Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020 (FedProx, eq. 2).
     Karimireddy et al., "SCAFFOLD", ICML 2020 (Algorithm 1, option II).
+    Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", UAI 2018.
     Tobin, "Estimation of Relationships for Limited Dependent Variables", Econometrica 26, 1958 (bounds as likelihoods).
     Kendall, Gal, Cipolla, CVPR 2018 (eq. 7, learned weights of several tasks).
 """
@@ -195,8 +196,11 @@ def train_best(
     rng: np.random.Generator,
     every: int,
     keep_start: bool,
+    average: float = 0.25,
 ) -> Trained:
     """Trains and returns, for every member, its weights at the look where held-out rows were predicted best.
+
+    The mean of the weights over the last part of the training competes as one more look (Izmailov et al., UAI 2018).
 
     A single network stops by its held-out rows. In an ensemble each member stops where the *other* members predict their
     held-out rows best: more rows decide, and a member's error on its own fold stays that of rows which took no part.
@@ -205,6 +209,7 @@ def train_best(
         held: for every member, rows it does not learn from; without any to stop by, its last weights are kept.
         every: steps between two looks.
         keep_start: whether the untouched start competes too (fine-tuning may then change nothing).
+        average: share of the looks, the last ones, whose mean competes.
     """
     looks: list[Weights] = []
     scores: list[list[float]] = []
@@ -218,6 +223,9 @@ def train_best(
     trained = train(
         architecture, start, inputs, targets, rows, local, rates=rates, rng=rng, checkpoint=look, checkpoint_every=every
     )
+    last = looks[len(looks) - int(average * len(looks)) :]
+    if len(last) > 1:
+        look(len(rates), wts.weighted_mean(last, [1.0 / len(last)] * len(last)))
     kept = {name: value.copy() for name, value in trained.weights.items()}
     for m, at in enumerate(stopping_points(scores, [len(h) for h in held])):
         if at is not None:

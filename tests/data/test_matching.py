@@ -23,7 +23,7 @@ from fedmat.errors import ConfigError, DataError, SiteRefused, StateError, WireE
 SOLID = record_type("solid_electrolyte")
 TARGET = "conductivity_s_cm"
 SECRET, OTHER = bytes(range(32)), bytes(32)
-DATA = Path(os.environ.get("FEDMAT_REFERENCE_DATA", "/work/shared/data"))
+DATA = Path(os.environ.get("FEDMAT_REFERENCE_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 
 
 def records(*rows: tuple[str, float, float, str]) -> pd.DataFrame:

@@ -176,7 +176,7 @@ def test_read_mixture_normalises() -> None:
 
 def test_a_solvent_never_seen_in_training_does_not_blow_a_prediction_up() -> None:
     """Networks trained without a solvent predict it, pure, within the training targets' range and half of it more."""
-    from fedmat.config import LocalTraining, ModelSpec, Task
+    from fedmat.config import LocalTraining, Task
     from fedmat.models.network import Architecture
     from fedmat.training import trainer
 

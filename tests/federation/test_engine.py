@@ -29,7 +29,7 @@ def loner(site: str, folder: Path) -> Handler:
 
 
 def one_of_two(site: str, folder: Path) -> Handler:
-    return handlers(config(PAIR, rounds=2), folder)[site]
+    return handlers(config(PAIR, rounds=2, ensemble=2), folder)[site]
 
 
 def misbehaving(site: str, folder: Path, how: str) -> Handler:
@@ -95,7 +95,7 @@ class TestProcess(EngineContract):
             yield engine
 
     def test_both_engines_give_the_bit_identical_model(self, tmp_path: Path) -> None:
-        settings = config(PAIR, rounds=2)
+        settings = config(PAIR, rounds=2, ensemble=2)
         isolated = coordinator(settings, tmp_path / "a")
         with ProcessEngine({s: (one_of_two, (s, tmp_path / "a")) for s in PAIR}) as engine:
             list(isolated.run(engine))

@@ -24,6 +24,9 @@ ALGORITHMS = {
     "fedavgm": {"server": {"name": "momentum", "lr": 0.5}},
     "fedadam": {"server": {"name": "adam", "lr": 0.02}},
     "rows": {"site_weights": "rows", "max_weight_share": 0.5},
+    "ensemble": {"ensemble": 3, "average_last": 2},
+    "fedrep": {"ensemble": 2, "personalization": {"finetune_steps": 8, "private": ["head"], "head_steps": 2}},
+    "norm": {"personalization": {"finetune_steps": 8, "private": ["norm"]}},
 }
 
 
@@ -41,14 +44,11 @@ def test_training_lowers_the_validation_error(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-@pytest.mark.parametrize("stop", [1, 3])
+@pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_run_killed_after_any_round_resumes_to_the_same_bytes(name: str, stop: int, tmp_path: Path) -> None:
     settings = config(**ALGORITHMS[name])
     whole = run(settings, tmp_path / "whole")[1]
-    rounds = coordinator(settings, tmp_path / "cut").run(InProcessEngine(handlers(settings, tmp_path / "cut")))
-    for _ in range(stop):
-        next(rounds)
-    rounds.close()
+    run(settings, tmp_path / "cut", stop=stop)
     reports, resumed = run(settings, tmp_path / "cut")
     assert [r.round for r in reports] == list(range(stop, settings.plan.rounds))
     assert wire.encode(resumed) == wire.encode(whole)
