@@ -30,7 +30,7 @@ from fedmat.features.table import TRAIN, VALIDATION, FeatureTable, concatenate
 from fedmat.federation.engine import Engine
 from fedmat.federation.plan import Plan
 from fedmat.federation.scaling import column_sums, federated_scaler, rank_counts, with_scores
-from fedmat.models.laws import temperature_columns
+from fedmat.models.laws import law_of, temperature_columns
 from fedmat.models.network import Architecture
 from fedmat.seeds import stream
 from fedmat.training import folds, trainer
@@ -38,6 +38,7 @@ from fedmat.training.trainer import Targets
 from fedmat.weights import Weights
 
 A = TypeVar("A", Baseline, Evaluation)
+_NO_CHANGE = -40.0  # of a law's raw parameter: sigmoid and softplus of it are zero
 OWN: tuple[OwnArm, ...] = ("local", "finetuned", "personal")  # personal last: it is made of the others
 
 
@@ -103,8 +104,17 @@ def pooled_with_error(plan: Plan, tables: Mapping[str, FeatureTable]) -> tuple[A
 
 
 def dummy(model: GlobalModel) -> Arm:
-    """Returns the arm that predicts the consortium's training mean for everything."""
-    return Arm("dummy", wts.zeros_like(model.weights), model.scaler)
+    """Returns the arm that predicts the consortium's training mean for everything, at any temperature."""
+    weights = wts.zeros_like(model.weights)
+    last: list[float] = []  # one number per output of the last layer
+    for task in (model.spec["task"], *model.spec["auxiliary"]):  # type: ignore[misc]
+        name = str(task["law"])
+        # a law's first number is the property at the reference temperature, the others are how strongly it changes
+        last += [0.0] if name == "none" else [0.0, *[_NO_CHANGE] * (law_of(name).n_parameters - 1)]
+    for key, value in weights.items():
+        if key.endswith("last.bias"):
+            value[...] = last
+    return Arm("dummy", weights, model.scaler)
 
 
 def own_models(

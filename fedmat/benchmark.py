@@ -30,7 +30,7 @@ import numpy as np
 from fedmat import files
 from fedmat._version import __version__
 from fedmat.config import Personalization, ServerOptimizer
-from fedmat.domain import Array, Evaluation, OwnArm
+from fedmat.domain import Array, Evaluation, GlobalModel, OwnArm
 from fedmat.errors import ConfigError, PlanRefused
 from fedmat.federation.plan import Plan
 
@@ -109,6 +109,13 @@ def _single_task(plan: Plan) -> Plan | None:
     return replace(plan, tasks=plan.tasks[:1]) if len(plan.tasks) > 1 else None
 
 
+def _lawful(plan: Plan, law: str) -> Plan | None:
+    """The default with a law of temperature built in, where the target is a conductivity and has none."""
+    if plan.task.target != "conductivity_s_cm" or plan.task.law != "none":
+        return None
+    return replace(plan, tasks=(plan.task.model_copy(update={"law": law}), *plan.tasks[1:]))
+
+
 def _lawless(plan: Plan) -> Plan | None:
     if plan.task.law == "none":
         return None
@@ -136,6 +143,8 @@ METHODS: tuple[Method, ...] = (
     Method("fedbn", "a site's own input scale and shift", lambda p: _private(p, private=["norm"]), ("finetuned",)),
     Method("ditto", "Ditto, proximal 0.1", lambda p: _with(_plain(p), personalization=Personalization(ditto=0.1)), ("ditto",)),
     Method("single-task", "the default without auxiliary tasks", _single_task, ("local", "personal")),
+    Method("arrhenius", "the default with Arrhenius' law as the last layer", partial(_lawful, law="arrhenius")),
+    Method("vtf", "the default with the Vogel-Tammann-Fulcher law as the last layer", partial(_lawful, law="vtf")),
     Method("no-law", "the default without its law of temperature", _lawless, ("personal",)),
 )  # fmt: skip
 
@@ -364,11 +373,39 @@ def _federated(method: Method, plan: Plan, tables: Mapping[str, Any], job: Job) 
         "scores": table.scores,
         "auxiliary": {t: v.scores for t, v in others.items()},
         "mixture": mixture,
+        "adherence": _adherence(plan, model, tables),
         "validation": [r.validation.get("mae") for r in reports],
         "bytes_per_round": sum(reports[-1].bytes_up.values()) + sum(reports[-1].bytes_down.values()),
         "train_seconds": sum(r.seconds for r in reports),
         "sites": {s: {"train": int((t.split == 0).sum()), "test": int((t.split == 2).sum())} for s, t in tables.items()},
     }
+
+
+def _adherence(plan: Plan, model: GlobalModel, tables: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the share of predictions that obey each law of conductivity, over a grid of temperatures around the test rows.
+
+    The grid reaches 10 K below the coldest test record (not below what the law is defined for) and 100 K above the warmest;
+    a prediction may depart from the law by 0.01 decades.
+    """
+    from fedmat.features.table import TEST
+    from fedmat.models.laws import READOUTS, law_adherence, temperature_k
+    from fedmat.models.network import Architecture
+
+    if plan.task.target != "conductivity_s_cm" or plan.model.graph is not None:
+        return {}
+    architecture = Architecture.of(plan.model, plan.tasks, plan.settings)
+    first = next(iter(tables.values()))
+    x = np.concatenate([t.part(TEST).x for t in tables.values()])
+    kelvin = temperature_k(first.names, x)
+    out = {}
+    for law in ("arrhenius", "vtf"):
+        low = max(float(kelvin.min()) - 10.0, READOUTS[law].above_k + 1.0)
+        found = law_adherence(
+            lambda raw: architecture.predict(model.weights, model.scaler, first.names, raw)[:, 0],
+            x[:: max(1, len(x) // 200)], first.names, law, low_k=low, high_k=float(kelvin.max()) + 100.0, tolerance=0.01,
+        )  # fmt: skip
+        out[law] = found.share
+    return out
 
 
 def _score_all(name: str, plan: Plan, tables: Mapping[str, Any], predict: Callable[[Any], Array]) -> dict[str, Any]:

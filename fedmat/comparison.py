@@ -44,6 +44,8 @@ GLOBAL: Mapping[str, tuple[str, str]] = {
             "fedrep",
             "fedbn",
             "single-task",
+            "arrhenius",
+            "vtf",
             "no-law",
         )
     },
@@ -83,6 +85,13 @@ def case_summary(seeds: Seeds) -> dict[str, Any]:
             for name, s in everywhere.items()
             if s and everywhere["pooled"] and name != "pooled"
         },
+        "to_default": {
+            law: _ratio(everywhere[law], everywhere["default"])
+            for law in ("arrhenius", "vtf")
+            if everywhere[law] and everywhere["default"]
+        },
+        "adherence": _law_shares(seeds),
+        "several_tasks": _several_tasks(everywhere),
         "single": _single(seeds, everywhere["default"]),
         "own": _own(seeds),
         "coverage": _coverage(seeds),
@@ -103,14 +112,21 @@ def case_summary(seeds: Seeds) -> dict[str, Any]:
 
 
 def _scored(seeds: Seeds, arm: str, model: str, part: str | None = None) -> dict[int, Mapping[str, Any]]:
-    """Returns seed -> site -> score of one model; empty unless every seed has it."""
+    """Returns seed -> site -> score of one model, of the seeds that have it."""
     out = {}
     for seed, arms in sorted(seeds.items()):
         scores = arms.get(arm, {}).get("auxiliary", {}).get(part, {}) if part else arms.get(arm, {}).get("scores", {})
-        if model not in scores:
-            return {}
-        out[seed] = scores[model]
+        if model in scores:
+            out[seed] = scores[model]
     return out
+
+
+def _common(
+    a: Mapping[int, Mapping[str, Any]], b: Mapping[int, Mapping[str, Any]]
+) -> tuple[dict[int, Mapping[str, Any]], dict[int, Mapping[str, Any]]]:
+    """Returns both with the seeds that both have: a difference is between runs of one seed."""
+    both = sorted(set(a) & set(b))
+    return {s: a[s] for s in both}, {s: b[s] for s in both}
 
 
 def _draws(scored: Mapping[int, Mapping[str, Any]], site: str) -> Array | None:
@@ -138,6 +154,7 @@ def _overall(scored: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     ]  # fmt: skip
     low, high = _limits(_overall_draws(scored, sites))
     return {
+        "seeds": len(per_seed),
         "mae": float(np.mean(per_seed)),
         "sd": float(np.std(per_seed, ddof=1)) if len(per_seed) > 1 else None,
         "low": low,
@@ -164,7 +181,10 @@ def _limits(draws: Array | None) -> tuple[float | None, float | None]:
 
 
 def _ratio(a: Mapping[int, Mapping[str, Any]], b: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    a, b = _common(a, b)
     sites = sorted(set(_sites(a)) & set(_sites(b)))
+    if not sites:
+        return {"ratio": None, "low": None, "high": None}
     value = _over(a, sites) / _over(b, sites)
     above, below = _overall_draws(a, sites), _overall_draws(b, sites)
     low, high = _limits(above / below if above is not None and below is not None else None)
@@ -174,6 +194,23 @@ def _ratio(a: Mapping[int, Mapping[str, Any]], b: Mapping[int, Mapping[str, Any]
 def _over(scored: Mapping[int, Mapping[str, Any]], sites: Sequence[str]) -> float:
     n = {x: next(iter(scored.values()))[x]["n"] for x in sites}
     return float(sum(n[x] * _mae(scored, x) for x in sites) / sum(n.values()))
+
+
+def _law_shares(seeds: Seeds) -> dict[str, dict[str, float]]:
+    """Returns, by arm and law, the smallest share of predictions that obey it over the seeds."""
+    out: dict[str, dict[str, float]] = {}
+    for arms in seeds.values():
+        for arm, result in arms.items():
+            for law, share in result.get("adherence", {}).items():
+                out.setdefault(arm, {})[law] = min(share, out.get(arm, {}).get(law, 1.0))
+    return out
+
+
+def _several_tasks(everywhere: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any] | None:
+    """Returns the error of the network of all tasks over that of the first task alone; None where there is one task."""
+    if not everywhere["default"] or not everywhere["single-task"]:
+        return None
+    return _ratio(everywhere["default"], everywhere["single-task"])
 
 
 def _single(seeds: Seeds, federated: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
@@ -208,7 +245,7 @@ def _own(seeds: Seeds) -> dict[str, Any]:
         some = next(iter(first.values()))[site]
         entry: dict[str, Any] = {"n": some["n"], "groups": some["groups"], "mae": row, "against": {}}
         for rival in RIVALS:
-            if rival in row and "personal" in row:
+            if rival in row and "personal" in row and set(found["personal"]) & set(found[rival]):
                 entry["against"][rival] = _paired(found["personal"], found[rival], site)
         out[site] = entry
     return out
@@ -216,6 +253,7 @@ def _own(seeds: Seeds) -> dict[str, Any]:
 
 def _paired(a: Mapping[int, Mapping[str, Any]], b: Mapping[int, Mapping[str, Any]], site: str) -> dict[str, Any]:
     """Returns the relative gain of ``a`` over ``b`` at one site, with its interval and two-sided bootstrap p-value."""
+    a, b = _common(a, b)
     ours, theirs = _draws(a, site), _draws(b, site)
     gain = 1 - _mae(a, site) / _mae(b, site)
     out: dict[str, Any] = {"gain": gain, "low": None, "high": None, "p": None, "verdict": "better" if gain > 0 else "worse"}
@@ -271,21 +309,23 @@ def _rounds(seeds: Seeds) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for arm in ("default", "fedavg"):
         needed: list[int] = []
-        size = 0.0
+        size, asked = 0.0, 0
         for arms in seeds.values():
             pooled, run = arms.get("pooled", {}).get("held_out_mae"), arms.get(arm)
             if pooled is None or run is None:
-                return out
+                continue
+            asked += 1
             size = float(run["bytes_per_round"])
             reached = [i for i, v in enumerate(run["validation"]) if v is not None and v <= pooled / 0.95]
             if reached:
                 needed.append(reached[0])  # the validation of round i is of the weights after i rounds
-        out[arm] = {
-            "reached_in": f"{len(needed)} of {len(seeds)} seeds",
-            "rounds": float(np.median(needed)) if needed else None,
-            "bytes": float(np.median(needed)) * size if needed else None,
-            "bytes_per_round": size,
-        }
+        if asked:
+            out[arm] = {
+                "reached_in": f"{len(needed)} of {asked} seeds",
+                "rounds": float(np.median(needed)) if needed else None,
+                "bytes": float(np.median(needed)) * size if needed else None,
+                "bytes_per_round": size,
+            }
     return out
 
 
@@ -311,6 +351,12 @@ def claims(cases: Mapping[str, Any]) -> list[dict[str, Any]]:
         r = cases.get(name, {}).get("to_pooled", {}).get("default")
         text = f"{name}: federated error at most {limit:.2f} of pooled"
         claim(text, r and r["ratio"], _at_most(limit), (r and _span(r["ratio"], r["low"], r["high"])) or "")
+    for name in ("C1", "C2-YS", "C2-HV", "C4a", "C4b"):
+        c = cases.get(name, {}).get("global", {})
+        pooled, forest = c.get("pooled"), c.get("forest")
+        ratio = pooled["mae"] / forest["mae"] if pooled and forest else None
+        text = f"{name}: pooled at least as good as a random forest on the same rows"
+        claim(text, ratio, lambda v: v <= 1.0, f"{pooled['mae']:.3g} against {forest['mae']:.3g}" if pooled and forest else "")
     for name, floor in (("C1", 1.228), ("C2-YS", 280.0), ("C2-HV", 109.0), ("C4a", 0.153), ("C4b", 1.016)):
         m = cases.get(name, {}).get("global", {}).get("pooled")
         text = f"{name}: pooled at least as good as the study's floor {floor:g}"
@@ -338,6 +384,29 @@ def claims(cases: Mapping[str, Any]) -> list[dict[str, Any]]:
             lambda v: v == 0,
             f"{worse} of {len(known)} sites significantly worse",
         )
+    for law in ("arrhenius", "vtf"):
+        for name, c in cases.items():
+            share = c.get("adherence", {}).get(law, {}).get(law)
+            plain = c.get("adherence", {}).get("default", {}).get(law)
+            if share is None:
+                continue
+            claim(
+                f"{name}: the federated network with {law} built in obeys it in 99.9 % of predictions",
+                share,
+                lambda v: v >= 0.999,
+                f"{100 * share:.2f} %" + (f" (without it {100 * plain:.1f} %)" if plain is not None else ""),
+            )
+            r = c["to_default"].get(law)
+            claim(
+                f"{name}: {law} built in costs no accuracy",
+                r and r["ratio"],
+                lambda v: v <= 1.0,
+                (r and "error ratio " + _span(r["ratio"], r["low"], r["high"])) or "",
+            )
+    for name, target in (("C2-HV", "hardness"), ("C2-YS", "yield strength")):
+        r = cases.get(name, {}).get("several_tasks")
+        text = f"{name}: several tasks in one network beat {target} alone"
+        claim(text, r and r["ratio"], lambda v: v < 1.0, (r and "error ratio " + _span(r["ratio"], r["low"], r["high"])) or "")
     for kind in ("one network", "ensemble"):
         g = cases.get("C1", {}).get("single", {}).get(kind)
         claim(

@@ -29,8 +29,18 @@ import small
 import yaml
 from leaks import contents
 
-from fedmat import pipeline, wire
-from fedmat.domain import GlobalModel
+from fedmat import bench_report, benchmark, comparison, pipeline, wire
+from fedmat.domain import (
+    Attestation,
+    Baseline,
+    Calibration,
+    Evaluation,
+    GlobalModel,
+    Offer,
+    Removed,
+    Statistics,
+    Update,
+)
 from fedmat.federation.coordinator import Coordinator
 from fedmat.federation.engine import Handler, InProcessEngine
 from fedmat.models.network import Architecture
@@ -83,7 +93,12 @@ class World:
 
     def outside(self) -> Iterator[Path]:
         """Every file that is neither in a site's folder, nor in its own DVC remote, nor its raw data."""
-        own = (self.root / "home" / "sites", self.root / "home" / "remotes", self.root / "c")
+        own = [
+            self.root / "home" / "sites",
+            self.root / "home" / "remotes",
+            self.root / "c",
+            self.root / "bench/data/tiny/sites",
+        ]
         for path in sorted(self.root.rglob("*")):
             if path.is_file() and not path.is_symlink() and not any(path.is_relative_to(o) for o in own):
                 yield path
@@ -103,6 +118,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         )
     assert done.returncode == 0, (root / "logs/stderr").read_text()[-3000:]
     messages(consortium, root)
+    bench(consortium, root)
     return World(root)
 
 
@@ -160,7 +176,17 @@ def messages(consortium: Path, root: Path) -> None:
         model = coordinator.model()
         baselines.own_models(engine, plan, model, run.sites)
         for arm in (baselines.Arm("federated", model.weights, model.scaler), baselines.dummy(model)):
-            baselines.score(engine, plan, arm, run.sites)
+            baselines.score(engine, plan, arm, run.sites, radius=dict.fromkeys(run.sites, 10.0))
+
+
+def bench(consortium: Path, root: Path) -> None:
+    """Benchmarks the consortium, as whoever operates a simulated one may; its results are for everyone."""
+    case = benchmark.Case("tiny", "", "small alloys")
+    job = benchmark.Job(case, consortium, root / "bench/data/tiny", root / "bench/tiny", 17, ("dummy", "pooled", "default"), 2)
+    benchmark.run_all([job], 1, lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "SUITE", (case,))
+        bench_report.write(comparison.summary(benchmark.load(root / "bench")), {"tiny": case.about}, root / "bench")
 
 
 # --- what to look for ------------------------------------------------------------------------------------------------
@@ -287,8 +313,41 @@ def test_the_run_went_every_road(world: World) -> None:
     assert states["FAILED"] >= 1
     assert logs > 30
     names = [str(p) for p in world.outside()]
-    for part in ("mlruns/mlflow.db", "mlruns/artifacts", "report.html", "rounds.jsonl", "messages/", "prefect/prefect.db"):
+    for part in (
+        "mlruns/mlflow.db", "mlruns/artifacts", "report.html", "rounds.jsonl", "messages/", "prefect/prefect.db",
+        "intervals.json", "matching.json", "personal-mill.safetensors", "bench.json", "bench.html", "bench/tiny/17/default.json",
+    ):  # fmt: skip
         assert any(part in n for n in names), part
+    said_by_the_site = b"".join(p.read_bytes() for p in sorted((world.root / "messages").glob(f"*-{SITE}-up")))
+    for kind in (Offer, Removed, Attestation, Statistics, Update, Calibration, Baseline, Evaluation):
+        assert f'"!":"{kind.__name__}"'.replace('"', '\\"').encode() in said_by_the_site, kind.__name__
+    assert b"mixture" in said_by_the_site
+
+
+def secret(world: World) -> dict[str, bytes]:
+    """The members' matching secrets, of the consortium and of its benchmark, as text and as bytes."""
+    paths = [world.root / "home" / pipeline.SECRET, world.root / "bench/data/tiny" / pipeline.SECRET]
+    words = {str(p.relative_to(world.root)): p.read_bytes().strip() for p in paths}
+    return {**coded(words), **{f"{n} raw": bytes.fromhex(w.decode()) for n, w in words.items()}}
+
+
+def test_the_matching_secret_is_in_its_own_file_and_nowhere_else(world: World) -> None:
+    """Neither in a message, a log or an artefact nor in a site's own folder: who reads any of them can test no guess."""
+    where = found_in((p for p in sorted(world.root.rglob("*")) if p.is_file() and not p.is_symlink()), secret(world))
+    assert {Path(p).relative_to(world.root).as_posix() for hits in where.values() for p in hits} == {
+        f"home/{pipeline.SECRET}", f"bench/data/tiny/{pipeline.SECRET}",
+    }  # fmt: skip
+
+
+def test_keys_of_records_go_to_the_coordinator_and_are_not_kept_there(world: World) -> None:
+    run = pipeline.open_run(world.root / "c/consortium.yaml", home=world.root / "home")
+    planted = (pd.read_parquet(world.site / "records.parquet")["doi"] == DOI).to_numpy()
+    keys = pipeline.matching_keys(run, SITE).keys
+    needles = {f"{kind} {i}": k.tobytes() for kind in ("material", "measurement") for i, k in enumerate(keys[kind][planted])}
+    hits = {p for found in found_in(world.outside(), needles).values() for p in found}
+    assert hits, "the offer holds them"
+    assert all(b"Offer" in Path(p).read_bytes() or b"RemoveRequest" in Path(p).read_bytes() for p in hits)
+    assert all(p.endswith((f"{SITE}-up", f"{SITE}-down")) for p in hits)
 
 
 def test_no_text_and_no_printed_number_of_a_record_is_outside_its_site(world: World) -> None:

@@ -57,6 +57,29 @@ def command(folder: Path, consortium: Path, *more: str) -> list[str]:
     ]
 
 
+# --- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def test_a_quick_benchmark_needs_no_data_and_its_results_are_shown_again_without_measuring(tmp_path: Path) -> None:
+    words = ["bench", "--quick", "--rounds", "2", "--workers", "1", "--out", str(tmp_path), "--json"]
+    done = fedmat(*words, "--arms", "dummy,default")
+    assert done.exit_code == 0, done.output
+    summary = json.loads(done.stdout)
+    assert set(summary["cases"]) == {"demo"} and set(summary["cases"]["demo"]["global"]) == {"dummy", "default"}
+    assert (tmp_path / "quick/bench.html").is_file()
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "quick/demo").rglob("*.json")}
+    shown = fedmat("bench", "--quick", "--show", "--out", str(tmp_path))
+    assert shown.exit_code == 0 and "claims" in shown.output and "demo, all sites' held-out materials" in shown.output
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "quick/demo").rglob("*.json")} == written
+
+
+@pytest.mark.parametrize("words", [["C5"], ["demo", "--arms", "fedprocks"], ["demo", "--seeds", "0"]])
+def test_a_benchmark_of_what_there_is_not_is_refused(words: list[str], tmp_path: Path) -> None:
+    done = fedmat("bench", *words, "--out", str(tmp_path))
+    assert done.exit_code == 2
+    assert not (tmp_path / "data").exists()
+
+
 # --- answering -----------------------------------------------------------------------------------------------------
 
 

@@ -57,7 +57,7 @@ def prepared(consortium_file: Path, into: Path) -> dict[str, pd.DataFrame]:
     for member in consortium.members:
         site_file = consortium_file.parent / member.file
         snapshot = records.prepare(
-            load_site(site_file), site_file.parent, into / member.site, target=consortium.task.target,
+            load_site(site_file), site_file.parent, into / member.site, target=[t.target for t in consortium.tasks],
             admission=consortium.admission,
         )  # fmt: skip
         frame = records.load_records(into / member.site)

@@ -15,6 +15,7 @@ import small
 
 from fedmat import files, pipeline
 from fedmat.errors import ConfigError, NotEvidenced, SiteRefused, StateError
+from fedmat.features.table import TEST, TRAIN, VALIDATION
 from fedmat.pipeline import Run
 
 
@@ -182,6 +183,43 @@ def test_a_refused_site_takes_no_part_and_the_run_goes_on_and_says_so(finished, 
     lab.write_text(good)
     pipeline.prepare_site(run, "mill")
     assert list(pipeline.train(run))[-1].accepted == ("forge", "foundry", "mill"), "mended data are another run"
+
+
+def test_records_that_two_companies_hold_are_trained_on_once_and_what_is_tested_on_never(tmp_path: Path) -> None:
+    path = small.build(tmp_path / "c", rounds=2)
+    forge, mill = tmp_path / "c/forge/lab.csv", tmp_path / "c/mill/lab.csv"
+    copied = forge.read_text().splitlines()[1:31]
+    mill.write_text(mill.read_text() + "\n".join(copied) + "\n")
+    run = pipeline.open_run(path, home=tmp_path / "home")
+    metrics = whole(run)
+    gone = {s: sum(c.values()) for s, c in metrics["matching"]["removed"].items()}
+    assert gone["mill"] > 0 and gone["foundry"] == 0
+    assert [pair["sites"] for pair in metrics["matching"]["shared"]] == [["forge", "mill"]]
+    trained: set[tuple[float, ...]] = set()
+    tables = {s: pipeline.kept_table(run, s) for s in run.sites}
+    tested = {tuple(row) for t in tables.values() for row in t.part(TEST).x}
+    for site, t in tables.items():
+        whole_table = pipeline.site_table(run, site)
+        assert len(whole_table) - len(t) == gone[site]
+        assert len(whole_table.part(TEST)) == len(t.part(TEST))
+        mine = {tuple(row) for row in t.part(TRAIN, VALIDATION).x}
+        assert metrics["sites"][site]["n_train"] == len(t.part(TRAIN))
+        assert not mine & trained and not mine & tested, site
+        trained |= mine
+    assert f"{sum(gone.values())} rows" in pipeline.report(run).read_text()
+
+
+def test_a_consortium_that_looks_for_no_duplicates_has_no_secret(tmp_path: Path) -> None:
+    run = pipeline.open_run(small.build(tmp_path / "c", rounds=1, deduplicate=False), home=tmp_path / "home")
+    for site in run.sites:
+        pipeline.prepare_site(run, site)
+    list(pipeline.train(run))
+    assert not (run.home / pipeline.SECRET).exists()
+    other = pipeline.open_run(small.build(tmp_path / "d", rounds=1), home=tmp_path / "home2")
+    for site in other.sites:
+        pipeline.prepare_site(other, site)
+    list(pipeline.train(other))
+    assert (other.home / pipeline.SECRET).stat().st_mode & 0o077 == 0
 
 
 def test_a_site_file_of_another_name_or_record_type_is_refused(tmp_path: Path) -> None:

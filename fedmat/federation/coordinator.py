@@ -211,7 +211,7 @@ class Coordinator:
         good = {
             d.site: d.answer.counts
             for d in deliveries
-            if isinstance(d.answer, Ranks) and d.answer.counts.shape == shape
+            if isinstance(d.answer, Ranks) and d.answer.site == d.site and d.answer.counts.shape == shape
             and bool((d.answer.counts >= 0).all()) and bool((d.answer.counts.sum(axis=1) <= self.attestations[d.site].n_train).all())
         }  # fmt: skip
         self._failures += [_failure(d, "counts that do not fit what it attested") for d in deliveries if d.site not in good]

@@ -237,3 +237,4 @@ def test_every_answer_has_its_place_in_the_list_of_messages() -> None:
     from fedmat.federation.engine import _EXPECTED
 
     assert set(_EXPECTED) == set(Request.__args__) and set(_EXPECTED.values()) == set(Answer.__args__)
+    assert set(_EXPECTED) | set(_EXPECTED.values()) <= set(wire._TYPES.values())

@@ -52,7 +52,7 @@ def test_the_averaged_model_is_the_mean_of_the_last_rounds_weights_and_changes_n
         reports.append(report)
     model = coordinator(settings, tmp_path / "a").model()
     for name, value in model.weights.items():
-        assert value == pytest.approx(np.mean([w[name] for w in after[1:]], axis=0), abs=1e-7)
+        assert value == pytest.approx(np.mean([w[name] for w in after[1:]], axis=0), rel=1e-5, abs=1e-7)
     assert reports[-1].model_sha256 == wire.weights_digest(model.weights, model.scaler)
     assert reports[0].model_sha256 == wire.weights_digest(after[0], model.scaler), "before the average begins it is the last"
     plain = run(config(PAIR), tmp_path / "b")[1]
@@ -281,12 +281,12 @@ def test_a_bound_reaches_the_training_and_teaches_better_than_a_value_at_it(tmp_
     error = {}
     for told in (True, False):
         data = {s: bounded(s, told=told) for s in PAIR}
-        settings = config(PAIR, rounds=25)
+        settings = config(PAIR, rounds=25, local={"steps": 20, "batch_size": 32, "lr": 1e-2})
         _, model = run(settings, tmp_path / str(told), data=data)
         engine = InProcessEngine(handlers(settings, tmp_path / str(told), data=data))
         arm = baselines.Arm("federated", model.weights, model.scaler)
         error[told] = metrics(baselines.score(engine, Plan.of(settings), arm, PAIR), "regression")["mae"]
-    assert error[True] < 0.7 * error[False]
+    assert error[True] < 0.5 * error[False]
 
 
 def test_a_bound_that_is_kept_is_no_error_when_intervals_are_calibrated(tmp_path: Path) -> None:
@@ -360,6 +360,15 @@ def test_predictions_of_the_finished_model_obey_the_law_and_are_learned(lawful) 
         for arm in (baselines.Arm("federated", model.weights, model.scaler), baselines.dummy(model))
     ]
     assert mae[0] < 0.8 * mae[1]
+
+
+def test_always_the_mean_is_the_mean_at_any_temperature(lawful) -> None:  # type: ignore[no-untyped-def]
+    _, settings, data, model, _ = lawful
+    plan = Plan.of(settings)
+    arm = baselines.dummy(model)
+    x = data["ash"].x
+    guess = Architecture.of(plan.model, plan.tasks, plan.settings).predict(arm.weights, arm.scaler, NAMES, x)
+    assert guess == pytest.approx(np.full(guess.shape, model.scaler.y_mean[0]), abs=1e-5)
 
 
 def test_a_law_without_a_temperature_among_the_features_is_refused(tmp_path: Path) -> None:

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from consortium import SITES, config, coordinator, handlers, run, table, worker
+from consortium import SITES, config, coordinator, handlers, run, setup, table, worker
 
 from fedmat import wire
 from fedmat.config import ConsortiumConfig
-from fedmat.domain import Attestation, TrainRequest, Update
+from fedmat.domain import Attestation, Ranks, TrainRequest, Update
 from fedmat.errors import FedmatError, PlanRefused, RoundFailed, SiteRefused, StateError
 from fedmat.federation.engine import InProcessEngine
 from fedmat.federation.plan import Plan
+from fedmat.federation.scaling import rank_counts, with_scores
 
 ALGORITHMS = {
     "fedavg": {},
@@ -24,7 +25,7 @@ ALGORITHMS = {
     "fedavgm": {"server": {"name": "momentum", "lr": 0.5}},
     "fedadam": {"server": {"name": "adam", "lr": 0.02}},
     "rows": {"site_weights": "rows", "max_weight_share": 0.5},
-    "ensemble": {"ensemble": 3, "average_last": 2},
+    "ensemble": {"ensemble": 3, "average_last": 2, "scaling": "quantile"},
     "fedrep": {"ensemble": 2, "personalization": {"finetune_steps": 8, "private": ["head"], "head_steps": 2}},
     "norm": {"personalization": {"finetune_steps": 8, "private": ["norm"]}},
 }
@@ -204,6 +205,40 @@ def test_federated_scaling_equals_scaling_of_the_pooled_rows(tmp_path: Path) -> 
     pooled = np.concatenate([table(s).part(0).x for s in SITES])
     assert model.scaler.mean[:3] == pytest.approx(pooled.mean(0)[:3])
     assert model.scaler.scale[:3] == pytest.approx(pooled.std(0)[:3])
+
+
+def test_quantile_scaling_equals_that_of_the_pooled_rows_and_gives_normal_scores(tmp_path: Path) -> None:
+    _, model = run(config(scaling="quantile"), tmp_path)
+    pooled = np.concatenate([table(s).part(0).x for s in SITES])
+    expected = with_scores(model.scaler, [rank_counts(model.scaler, pooled)])
+    assert (model.scaler.scores == expected.scores).all()
+    z = model.scaler.features(pooled)
+    assert np.abs(z.mean(axis=0)).max() < 0.05 and np.abs(z.std(axis=0) - 1.0).max() < 0.05
+    order = np.argsort(pooled[:, 0])
+    assert (np.diff(z[order, 0]) >= 0).all(), "scores keep the order of values"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda r: r.counts * 2.0, lambda r: -r.counts, lambda r: r.counts[:, :-1], lambda r: np.full_like(r.counts, np.nan)],
+    ids=["more than attested", "negative", "another grid", "NaN"],
+)
+def test_counts_of_features_that_do_not_fit_are_left_out_with_the_reason(change, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    def wrap(handle):  # type: ignore[no-untyped-def]
+        def handler(data: bytes) -> bytes:
+            reply = handle(data)
+            if b"RanksRequest" not in data:
+                return reply
+            ranks = wire.decode(reply, Ranks)
+            return wire.encode(dataclasses.replace(ranks, counts=change(ranks)))
+
+        return handler
+
+    _, model = run(config(scaling="quantile", rounds=1), tmp_path, {"ash": wrap})
+    (failure,) = setup(tmp_path)["failures"]
+    assert failure["site"] == "ash" and "counts that do not fit" in failure["detail"]
+    others = [rank_counts(model.scaler, table(s).part(0).x) for s in SITES[1:]]
+    assert (model.scaler.scores == with_scores(model.scaler, others).scores).all()
 
 
 def test_sites_with_different_featurizers_stop_the_run(tmp_path: Path) -> None:
