@@ -104,7 +104,10 @@ def pooled_with_error(plan: Plan, tables: Mapping[str, FeatureTable]) -> tuple[A
 
 
 def dummy(model: GlobalModel) -> Arm:
-    """Returns the arm that predicts the consortium's training mean for everything, at any temperature."""
+    """Returns the arm that predicts the consortium's training mean for everything.
+
+    A law of temperature is as weak as it can be: the smallest activation energy it permits leaves 0.01 decades over 100 K.
+    """
     weights = wts.zeros_like(model.weights)
     last: list[float] = []  # one number per output of the last layer
     for task in (model.spec["task"], *model.spec["auxiliary"]):  # type: ignore[misc]

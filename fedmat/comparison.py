@@ -81,14 +81,14 @@ def case_summary(seeds: Seeds) -> dict[str, Any]:
         "seeds": sorted(seeds),
         "global": {name: _overall(s) for name, s in everywhere.items() if s},
         "to_pooled": {
-            name: _ratio(s, everywhere["pooled"])
+            name: ratio
             for name, s in everywhere.items()
-            if s and everywhere["pooled"] and name != "pooled"
+            if name != "pooled" and (ratio := _ratio(s, everywhere["pooled"])) is not None
         },
         "to_default": {
-            law: _ratio(everywhere[law], everywhere["default"])
+            law: ratio
             for law in ("arrhenius", "vtf")
-            if everywhere[law] and everywhere["default"]
+            if (ratio := _ratio(everywhere[law], everywhere["default"])) is not None
         },
         "adherence": _law_shares(seeds),
         "several_tasks": _several_tasks(everywhere),
@@ -180,11 +180,12 @@ def _limits(draws: Array | None) -> tuple[float | None, float | None]:
     return float(low), float(high)
 
 
-def _ratio(a: Mapping[int, Mapping[str, Any]], b: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def _ratio(a: Mapping[int, Mapping[str, Any]], b: Mapping[int, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Returns the ratio of two arms' errors, paired by seed and site; None where no seed and site have both."""
     a, b = _common(a, b)
     sites = sorted(set(_sites(a)) & set(_sites(b)))
     if not sites:
-        return {"ratio": None, "low": None, "high": None}
+        return None
     value = _over(a, sites) / _over(b, sites)
     above, below = _overall_draws(a, sites), _overall_draws(b, sites)
     low, high = _limits(above / below if above is not None and below is not None else None)
@@ -208,8 +209,6 @@ def _law_shares(seeds: Seeds) -> dict[str, dict[str, float]]:
 
 def _several_tasks(everywhere: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any] | None:
     """Returns the error of the network of all tasks over that of the first task alone; None where there is one task."""
-    if not everywhere["default"] or not everywhere["single-task"]:
-        return None
     return _ratio(everywhere["default"], everywhere["single-task"])
 
 

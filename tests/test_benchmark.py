@@ -90,7 +90,7 @@ def test_every_arm_is_a_possible_plan_on_the_same_rows(method: benchmark.Method)
     plan = Plan.of(config(ensemble=3, average_last=2, server={"name": "momentum", "momentum": 0.5}))
     varied = method.vary(plan)
     if varied is None:
-        assert method.name in ("single-task", "no-law"), "the plan has neither a second task nor a law"
+        assert method.name in ("single-task", "no-law", "arrhenius", "vtf"), "one task, no law and no conductivity"
         return
     assert (varied.splits, varied.roster, varied.task) == (plan.splits, plan.roster, plan.task)
     assert varied.settings.seed == plan.settings.seed and varied.settings.rounds == plan.settings.rounds
@@ -111,6 +111,23 @@ def test_arms_without_tasks_or_law_keep_everything_else() -> None:
     assert single.tasks == plan.tasks[:1] and single.settings == plan.settings
     assert [t.law for t in lawless.tasks] == ["none", "none"] and lawless.settings == plan.settings
     assert [t.target for t in lawless.tasks] == [t.target for t in plan.tasks]
+
+
+@pytest.mark.parametrize("law", ["arrhenius", "vtf"])
+def test_a_law_is_put_in_where_a_conductivity_has_none_and_nowhere_else(law: str) -> None:
+    vary = {m.name: m.vary for m in benchmark.METHODS}[law]
+    task = {
+        "name": "x",
+        "record_type": "solid_electrolyte",
+        "target": "conductivity_s_cm",
+        "unit": "S/cm",
+        "transform": "log10",
+    }
+    plan = Plan.of(config(task=task, ensemble=2))
+    varied = vary(plan)
+    assert varied.task.law == law and varied.settings == plan.settings
+    assert dataclasses.replace(varied, tasks=plan.tasks) == plan
+    assert vary(varied) is None and vary(Plan.of(config())) is None
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

@@ -40,7 +40,13 @@ def _fitted(model: GlobalModel, specs: list[FeatureSpec], records: pd.DataFrame)
     x = registry.build(specs, rt, "conductivity_s_cm").transform(coerce(records, rt))
     scale = x.std(axis=0)
     active = scale > 1e-9
-    scaler = Scaler(np.where(active, x.mean(axis=0), 0.0), np.where(active, scale, 1.0), active.astype(float), np.array([-5.0]), np.array([2.0]))
+    scaler = Scaler(
+        np.where(active, x.mean(axis=0), 0.0),
+        np.where(active, scale, 1.0),
+        active.astype(float),
+        np.array([-5.0]),
+        np.array([2.0]),
+    )
     return dataclasses.replace(model, scaler=scaler), x
 
 
@@ -83,7 +89,8 @@ def test_predictions_are_in_the_tasks_unit_and_keep_the_index(model: GlobalModel
     from fedmat.models.network import Architecture
 
     answer = serving.predict(model, RECORDS)
-    assert list(answer.columns) == ["prediction", "low", "high", "spread", "in_domain"] and list(answer.index) == list(RECORDS.index)
+    assert list(answer.columns) == ["prediction", "low", "high", "spread", "in_domain"]
+    assert list(answer.index) == list(RECORDS.index)
     x = _fitted(model, specs, RECORDS)[1]
     spec = wire.plain(model.spec)
     architecture = Architecture(ModelSpec.model_validate(spec["model"]), (Task.model_validate(spec["task"]),))

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedmat.features.graphs import ATOM_NAMES, BOND_NAMES, CRYSTAL_NAMES, Graphs, gather
-from fedmat.models.network import Architecture, Inputs, Readouts
+from fedmat.models.network import DEVICE, Architecture, Inputs, Readouts
 from fedmat.seeds import derive, stream
 from fedmat.weights import Weights
 
@@ -80,7 +80,7 @@ class GraphBatch:
         return len(self.present)
 
 
-def batch(graphs: Graphs, rows: NDArray[Any] | Tensor | Sequence[int]) -> GraphBatch:
+def batch(graphs: Graphs, rows: NDArray[Any] | Tensor | Sequence[int], device: torch.device = DEVICE) -> GraphBatch:
     """Returns the graphs of ``rows`` (shape ``B``, repeats allowed) as one batch."""
     chosen = np.asarray(rows, dtype=np.int64)
     of_nodes, nodes = gather(graphs.nodes, chosen)
@@ -88,7 +88,7 @@ def batch(graphs: Graphs, rows: NDArray[Any] | Tensor | Sequence[int]) -> GraphB
     shift = np.repeat(nodes[:-1], np.diff(edges))
     edge = graphs.edge_features if graphs.n_edge else graphs.distance[:, None]
     sizes = np.diff(nodes)
-    return GraphBatch(
+    columns = (
         torch.from_numpy(graphs.node_features[of_nodes]),
         torch.from_numpy(graphs.node_weight[of_nodes])[:, None],
         torch.from_numpy(np.repeat(np.arange(len(chosen)), sizes)),
@@ -98,6 +98,7 @@ def batch(graphs: Graphs, rows: NDArray[Any] | Tensor | Sequence[int]) -> GraphB
         torch.from_numpy(graphs.edge_weight[of_edges])[:, None],
         torch.from_numpy((sizes > 0).astype(np.float32))[:, None],
     )
+    return GraphBatch(*(column.to(device) for column in columns))
 
 
 def _sum_at(values: Tensor, index: Tensor, n: int) -> Tensor:
@@ -111,7 +112,7 @@ class Gaussians(nn.Module):
     def forward(self, distance: Tensor) -> Tensor:
         """Returns ``exp(-(d - centre)^2 / (2 spacing^2))``."""
         spacing = (FARTHEST - NEAREST) / (GAUSSIANS - 1)
-        centres = NEAREST + spacing * torch.arange(GAUSSIANS, dtype=torch.float32)
+        centres = NEAREST + spacing * torch.arange(GAUSSIANS, dtype=torch.float32, device=distance.device)
         return torch.exp(-0.5 * ((distance - centres) / spacing) ** 2)
 
 
@@ -288,7 +289,7 @@ class GraphEnsemble(nn.Module):
         for m, net in enumerate(self._networks):
             chosen = torch.arange(len(inputs)) if rows is None else rows[m]
             parts = chosen.split(_BATCH) if rows is None else (chosen,)
-            raw.append(torch.cat([net(inputs.x[part], batch(inputs.graphs, part)) for part in parts]))
+            raw.append(torch.cat([net(inputs.x[part], batch(inputs.graphs, part.cpu())) for part in parts]))
             kelvin.append(inputs.kelvin[chosen] if len(inputs.kelvin) else inputs.kelvin)
         out: Tensor = self.readouts(torch.stack(raw), torch.stack(kelvin), inputs.y_scale)
         return out

@@ -11,6 +11,7 @@ References:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)  # law 5: sums inside one matrix product must not depend on the number of cores
 
+# Where networks run. The processor unless FEDMAT_DEVICE says otherwise ("cuda"): an accelerator's sums are not bit-identical
+# to a processor's, so every site of a run and every replay of it must use the same kind.
+DEVICE = torch.device(os.environ.get("FEDMAT_DEVICE", "cpu"))
 HEAD, NORM = "last.", "norm."  # first letters of the names of what a site may keep to itself
 
 
@@ -91,10 +95,10 @@ class Architecture:
         if self.spec.graph is not None:
             from fedmat.models.gnn import GraphEnsemble
 
-            return GraphEnsemble(self, width)
+            return GraphEnsemble(self, width).to(DEVICE)
         from fedmat.models.mlp import PropertyNetwork
 
-        return PropertyNetwork(self, width)
+        return PropertyNetwork(self, width).to(DEVICE)
 
     def initial_weights(self, width: int, seed: int) -> Weights:
         """Returns the first weights, drawn from the plan's streams; the last layer starts at zero (predicts the mean)."""
@@ -120,8 +124,8 @@ class Architecture:
 
             kelvin = temperature_k(names, x).astype(np.float32)
         return Inputs(
-            torch.from_numpy(np.ascontiguousarray(scaler.features(x))),
-            torch.from_numpy(kelvin),
+            torch.from_numpy(np.ascontiguousarray(scaler.features(x))).to(DEVICE),
+            torch.from_numpy(kelvin).to(DEVICE),
             tuple(float(v) for v in scaler.y_scale),
             graphs,
         )
@@ -132,7 +136,7 @@ class Architecture:
         load(net, weights)
         net.eval()
         with torch.no_grad():
-            output: NDArray[np.float32] = net(inputs, None).numpy()
+            output: NDArray[np.float32] = net(inputs, None).cpu().numpy()
         return output.astype(np.float64)
 
     def predict(self, weights: Weights, scaler: Scaler, names: Sequence[str], x: Array, graphs: Graphs | None = None) -> Array:

@@ -50,7 +50,8 @@ class Targets:
     @classmethod
     def of(cls, scaler: Scaler, y: Array, bound: NDArray[np.int8]) -> Targets:
         """Returns the training targets of transformed targets ``y`` (``n x n_tasks``)."""
-        return cls(torch.from_numpy(scaler.target(y)), torch.from_numpy(bound.astype(np.float32)))
+        device = network.DEVICE
+        return cls(torch.from_numpy(scaler.target(y)).to(device), torch.from_numpy(bound.astype(np.float32)).to(device))
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,12 @@ def train(
     named = list(net.named_parameters())
     parameters = [p for _, p in named]
     anchor = [p.detach().clone() for p in parameters] if local.mu > 0 else []
-    shift = [torch.from_numpy(correction[name].copy()) for name, _ in named] if correction else []
+    shift = [torch.from_numpy(correction[name].copy()).to(network.DEVICE) for name, _ in named] if correction else []
     optimizer = _optimizer(local, parameters, float(rates[0]))
     balance = getattr(net, "balance", None)
     size = min(local.batch_size, *(len(r) for r in rows))
-    plan = torch.from_numpy(np.stack([r[batches(len(r), size, steps, rng)] for r in rows], axis=1))
-    total = torch.zeros((), dtype=torch.float64)
+    plan = torch.from_numpy(np.stack([r[batches(len(r), size, steps, rng)] for r in rows], axis=1)).to(network.DEVICE)
+    total = torch.zeros((), dtype=torch.float64, device=network.DEVICE)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = float(rates[step])
@@ -259,7 +260,7 @@ def held_out_loss(architecture: Architecture, output: Array, targets: Targets, h
     Args:
         output: standardised, ``m x n x n_tasks``.
     """
-    truth = targets.y.numpy().astype(np.float64)
+    truth = targets.y.cpu().numpy().astype(np.float64)
     out = []
     for m, rows in enumerate(held):
         found, y = output[m, rows], truth[rows]

@@ -157,19 +157,30 @@ def test_members_start_and_end_differently() -> None:
     assert not np.allclose(found[0], found[1])
 
 
-def test_every_member_keeps_its_own_best() -> None:
-    """The rate is ruinous for all; a member without held rows keeps its last weights, the others their start."""
+def test_a_member_stops_where_the_others_predict_their_held_out_rows_best() -> None:
+    """Looks 0..2; member 0's own best look is 2, the others' rows say 1."""
+    scores = [[3.0, 2.0, 2.0], [2.0, 1.0, 1.0], [1.0, 3.0, 1.5]]
+    assert trainer.stopping_points(scores, [10, 10, 10]) == [1, 2, 1]
+    # 1: others are members 0 and 2: sums 5, 3, 2.5; 2: members 0 and 1: 5, 3, 4
+    assert trainer.stopping_points([[2.0], [1.0]], [10]) == [1]
+
+
+def test_without_held_out_rows_of_others_a_member_keeps_its_last_weights() -> None:
+    nan = float("nan")
+    assert trainer.stopping_points([[1.0, nan], [2.0, nan]], [10, 0]) == [None, 0]
+    assert trainer.stopping_points([], [0]) == [None]
+
+
+def test_ruinous_training_leaves_every_member_as_it_started() -> None:
     x, y = data()
     start = THREE.initial_weights(3, 1)
     rows = [np.arange(50)] * 3
     wild = LocalTraining(optimizer="sgd", lr=500.0, clip_grad_norm=None)
     kept = trainer.train_best(
-        THREE, start, inputs(x), targets(y), rows, [np.arange(50), np.zeros(0, dtype=np.int64), np.arange(50)], wild,
-        rates=np.full(20, 500.0), rng=stream(0, "w"), every=5, keep_start=True,
+        THREE, start, inputs(x), targets(y), rows, rows, wild, rates=np.full(20, 500.0), rng=stream(0, "w"), every=5,
+        keep_start=True,
     ).weights  # fmt: skip
-    for name in start:
-        assert np.array_equal(kept[name][[0, 2]], start[name][[0, 2]])
-    assert not np.array_equal(kept["last.bias"][1], start["last.bias"][1])
+    assert all(np.array_equal(kept[name], start[name]) for name in start)
 
 
 # --- several targets, bounds ---------------------------------------------------------------------------------------
