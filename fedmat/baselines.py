@@ -6,6 +6,7 @@ Refuses to know: files and reports. Pooling in a consortium of real companies is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,6 +15,7 @@ import numpy as np
 
 from fedmat import weights as wts
 from fedmat.domain import (
+    Array,
     Baseline,
     BaselineRequest,
     Delivery,
@@ -98,9 +100,15 @@ def pooled_with_error(plan: Plan, tables: Mapping[str, FeatureTable]) -> tuple[A
         )
         output = architecture.forward(trained.weights, inputs)
         guess = architecture.restore(scaler, folds.out_of_fold(output, fold))[:, 0]
-        found.append((float(np.nanmean(np.abs(guess - learning.y[:, 0]))), trained.weights))
+        found.append((_mean_error(guess, learning.y[:, 0]), trained.weights))
     error, weights = min(found, key=lambda pair: pair[0])
     return Arm("pooled", weights, scaler), error
+
+
+def _mean_error(guess: Array, truth: Array) -> float:
+    """Returns the mean absolute error where both are known; infinite where nothing tells."""
+    error = np.abs(guess - truth)
+    return float(error[np.isfinite(error)].mean()) if np.isfinite(error).any() else math.inf
 
 
 def dummy(model: GlobalModel) -> Arm:

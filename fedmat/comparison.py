@@ -86,9 +86,7 @@ def case_summary(seeds: Seeds) -> dict[str, Any]:
             if name != "pooled" and (ratio := _ratio(s, everywhere["pooled"])) is not None
         },
         "to_default": {
-            law: ratio
-            for law in ("arrhenius", "vtf")
-            if (ratio := _ratio(everywhere[law], everywhere["default"])) is not None
+            law: ratio for law in ("arrhenius", "vtf") if (ratio := _ratio(everywhere[law], everywhere["default"])) is not None
         },
         "adherence": _law_shares(seeds),
         "several_tasks": _several_tasks(everywhere),

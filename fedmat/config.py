@@ -147,9 +147,14 @@ class PlanSettings(Settings):
     algorithm: Literal["fedavg", "fedprox", "scaffold"] = "fedavg"
     rounds: int = Field(30, ge=1)
     ensemble: int = Field(
-        1, ge=1, le=10, description="networks trained side by side, each without one fold of every site's groups; 1: one network"
+        1,
+        ge=1,
+        le=10,
+        description="networks trained side by side, each without one fold of every site's groups; 1: one network",
     )
-    average_last: int = Field(0, ge=0, description="the model is the mean of the weights after this many last rounds; 0: the last")
+    average_last: int = Field(
+        0, ge=0, description="the model is the mean of the weights after this many last rounds; 0: the last"
+    )
     server: ServerOptimizer = ServerOptimizer()
     local: LocalTraining = LocalTraining()
     schedule: Schedule = Schedule()

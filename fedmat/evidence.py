@@ -24,6 +24,7 @@ PLAN, METRICS, ROUNDS, MODEL = "plan.json", "metrics.json", "rounds.jsonl", "mod
 EVALUATIONS, TIMINGS, ATTESTATIONS, REGISTERED = (
     "evaluations.json", "timings.json", "attestations.json", "registered.json",
 )  # fmt: skip
+MATCHING, INTERVALS = "matching.json", "intervals.json"
 
 
 _ARMS = {

@@ -330,10 +330,12 @@ def _signature(rt: RecordType, target: str, further: Sequence[str]) -> ModelSign
 
     return ModelSignature(
         Schema([column(f) for f in inputs(rt, target)]),
-        Schema([
-            *(ColSpec("double", name) for name in ("prediction", "low", "high", "spread", *further)),
-            ColSpec("boolean", "in_domain"),
-        ]),
+        Schema(
+            [
+                *(ColSpec("double", name) for name in ("prediction", "low", "high", "spread", *further)),
+                ColSpec("boolean", "in_domain"),
+            ]
+        ),
     )
 
 

@@ -157,7 +157,18 @@ def _last_round(e: Evidence) -> tuple[str, str]:
 
 
 def _files(folder: Path) -> list[tuple[str, str, int]]:
-    names = (ev.PLAN, ev.ATTESTATIONS, ev.ROUNDS, ev.MODEL, ev.EVALUATIONS, ev.METRICS, ev.TIMINGS, ev.REGISTERED)
+    names = (
+        ev.PLAN,
+        ev.MATCHING,
+        ev.ATTESTATIONS,
+        ev.ROUNDS,
+        ev.INTERVALS,
+        ev.MODEL,
+        ev.EVALUATIONS,
+        ev.METRICS,
+        ev.TIMINGS,
+        ev.REGISTERED,
+    )
     return [(n, files.sha256_file(folder / n), (folder / n).stat().st_size) for n in names if (folder / n).is_file()]
 
 

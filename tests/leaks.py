@@ -34,7 +34,10 @@ def contents(path: Path) -> Iterator[bytes]:
         for column in frame.select_dtypes("number"):
             yield frame[column].to_numpy(np.float64).tobytes()
     elif raw.startswith((b"\x1f\x8b", b"\x78\x01", b"\x78\x9c", b"\x78\xda")):
-        yield zlib.decompressobj(47).decompress(raw)  # gzip or zlib, as git keeps its objects
+        try:
+            yield zlib.decompressobj(47).decompress(raw)  # gzip or zlib, as git keeps its objects
+        except zlib.error:
+            pass  # a safetensors file whose header is 0x178 bytes long begins like one
     # Pictures in a page; pickles in Prefect's result storage, in lines of 76 characters, also escaped inside JSON.
     for coded in re.findall(rb"[A-Za-z0-9+/]{24,}={0,2}", re.sub(rb"(?:\\n|\n)", b"", text)):
         yield base64.b64decode(coded[: len(coded) // 4 * 4])

@@ -208,7 +208,9 @@ class SiteWorker:
         s, architecture = self.plan.settings, self._architecture
         learner = self._learner(request.scaler)
         start = self._with_own_parts(request)
-        output = architecture.forward(start, learner.inputs)
+        held = np.flatnonzero(self._fold >= 0)
+        output = np.zeros((architecture.members, len(self._fold), len(self.plan.tasks)))
+        output[:, held] = architecture.forward(start, learner.inputs.take(held))
         steps = self.plan.steps(request.round)
         own = self._control(request) if request.control else {}
         trained = trainer.train(

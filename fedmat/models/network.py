@@ -55,6 +55,11 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.x)
 
+    def take(self, rows: NDArray[np.int64]) -> Inputs:
+        """Returns the inputs of some records."""
+        kelvin = self.kelvin[rows] if len(self.kelvin) else self.kelvin
+        return Inputs(self.x[rows], kelvin, self.y_scale, None if self.graphs is None else self.graphs.take(rows))
+
 
 @dataclass(frozen=True)
 class Architecture:
