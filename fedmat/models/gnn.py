@@ -239,16 +239,6 @@ def initial_weights(net: GraphNetwork, seed: int) -> Weights:
     return out
 
 
-def load(net: GraphNetwork, weights: Weights) -> None:
-    """Puts ``weights`` into ``net``; names and shapes must agree exactly."""
-    net.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in weights.items()}, strict=True)
-
-
-def extract(net: GraphNetwork) -> Weights:
-    """Returns a copy of the network's weights."""
-    return {k: v.detach().cpu().numpy().astype(np.float32).copy() for k, v in sorted(net.state_dict().items())}
-
-
 def forward(net: GraphNetwork, x: NDArray[np.float32], graphs: Graphs, size: int = 256) -> NDArray[np.float64]:
     """Returns raw output ``n x outputs`` for standardised features ``n x width`` and ``n`` graphs, ``size`` rows at a time."""
     net.eval()

@@ -16,6 +16,7 @@ from fedmat.features import graphs
 from fedmat.features.graphs import Graphs, crystal_graphs, empty, from_structure, molecular_graphs
 from fedmat.models import gnn
 from fedmat.models.gnn import GraphNetwork, batch
+from fedmat.models.network import extract, load
 from fedmat.seeds import stream
 
 
@@ -34,7 +35,7 @@ def network(graphs: Graphs, width: int = 0, seed: int = 3, **options: object) ->
     net = GraphNetwork(width, graphs.n_node, graphs.n_edge, **{"hidden": 16, "layers": 2, "head": (8,), **options})  # type: ignore[arg-type]
     start = gnn.initial_weights(net, seed)
     rng = stream(seed, "test")
-    gnn.load(net, {k: v + 0.3 * rng.normal(size=v.shape).astype(np.float32) for k, v in start.items()})
+    load(net, {k: v + 0.3 * rng.normal(size=v.shape).astype(np.float32) for k, v in start.items()})
     return net
 
 
@@ -172,27 +173,27 @@ def test_initial_weights_come_from_the_seed_alone(kind: str) -> None:
 def test_an_untrained_network_predicts_the_mean() -> None:
     g = crystals()
     net = GraphNetwork(0, g.n_node, 0, hidden=8, layers=1, outputs=3)
-    gnn.load(net, gnn.initial_weights(net, 1))
+    load(net, gnn.initial_weights(net, 1))
     assert predict(net, g).tolist() == [[0.0] * 3] * 6
 
 
 def test_weights_survive_the_round_trip_and_averaging() -> None:
     g = crystals()
     net = network(g)
-    kept = gnn.extract(net)
+    kept = extract(net)
     mean = wts.weighted_mean([kept, kept], [0.5, 0.5])
     assert wts.same_shape(mean, kept)
-    gnn.load(net, mean)
-    assert all(kept[k].tobytes() == v.tobytes() for k, v in gnn.extract(net).items())
+    load(net, mean)
+    assert all(kept[k].tobytes() == v.tobytes() for k, v in extract(net).items())
     with pytest.raises(RuntimeError):
-        gnn.load(net, {k: v for k, v in kept.items() if k != "absent"})
+        load(net, {k: v for k, v in kept.items() if k != "absent"})
 
 
 def learn(kind: str, steps: int) -> tuple[GraphNetwork, list[float]]:
     g = crystals()
     target = torch.tensor([[1.0], [-1.0], [0.5], [-0.5], [0.2], [0.8]])
     net = GraphNetwork(0, g.n_node, 0, hidden=16, layers=2, kind=kind, head=(16,))  # type: ignore[arg-type]
-    gnn.load(net, gnn.initial_weights(net, 11))
+    load(net, gnn.initial_weights(net, 11))
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     losses = []
     for _ in range(steps):
@@ -209,7 +210,7 @@ nn_loss = torch.nn.functional.mse_loss
 
 def test_the_same_training_gives_the_same_bytes(kind: str) -> None:
     first, again = learn(kind, 20)[0], learn(kind, 20)[0]
-    assert all(v.tobytes() == gnn.extract(again)[k].tobytes() for k, v in gnn.extract(first).items())
+    assert all(v.tobytes() == extract(again)[k].tobytes() for k, v in extract(first).items())
 
 
 def test_it_learns_to_tell_a_from_b(kind: str) -> None:
