@@ -31,7 +31,7 @@ from fedmat.errors import PlanRefused, RoundFailed
 from fedmat.features.table import TRAIN, VALIDATION, FeatureTable, concatenate
 from fedmat.federation.engine import Engine
 from fedmat.federation.plan import Plan
-from fedmat.federation.scaling import column_sums, federated_scaler, rank_counts, with_scores
+from fedmat.federation.scaling import own_scaler
 from fedmat.models.laws import law_of, temperature_columns
 from fedmat.models.network import Architecture
 from fedmat.seeds import stream
@@ -74,9 +74,9 @@ def pooled_with_error(plan: Plan, tables: Mapping[str, FeatureTable]) -> tuple[A
     s, architecture = plan.settings, Architecture.of(plan.model, plan.tasks, plan.settings)
     learning, train = table.part(TRAIN, VALIDATION), table.part(TRAIN)
     drop = temperature_columns(table.names) if architecture.lawful else None
-    scaler = federated_scaler([column_sums("pooled", train.x, train.y)], binary=plan.task.kind == "binary", drop=drop)
-    if s.scaling == "quantile":
-        scaler = with_scores(scaler, [rank_counts(scaler, train.x)])
+    scaler = own_scaler(
+        "pooled", train.x, train.y, binary=plan.task.kind == "binary", quantile=s.scaling == "quantile", drop=drop
+    )
     fold = np.concatenate(
         [folds.of_site(t.part(TRAIN, VALIDATION), s.ensemble, s.seed, site) for site, t in sorted(tables.items())]
     )

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 
 from fedmat import files
-from fedmat._version import __version__
 from fedmat.config import Personalization, ServerOptimizer
 from fedmat.domain import Array, Evaluation, GlobalModel, OwnArm
 from fedmat.errors import ConfigError, PlanRefused
@@ -486,20 +485,3 @@ def load(out: Path) -> dict[str, dict[int, dict[str, dict[str, Any]]]]:
             result = json.loads(path.read_text())
             found.setdefault(case.name, {}).setdefault(int(path.parent.name), {})[path.stem] = result
     return found
-
-
-__all__ = [
-    "BASELINES",
-    "METHODS",
-    "SEEDS",
-    "SUITE",
-    "Case",
-    "Job",
-    "Method",
-    "__version__",
-    "jobs",
-    "load",
-    "prepare",
-    "run_all",
-    "run_job",
-]

@@ -70,6 +70,18 @@ def federated_scaler(
     return Scaler(np.where(active, mean, 0.0), scale, active.astype(np.float64), y_mean, y_scale)
 
 
+def own_scaler(
+    name: str, x: Array, y: Array, *, binary: bool, quantile: bool, drop: NDArray[np.bool_] | None, known: Scaler | None = None
+) -> Scaler:
+    """Returns the standardisation of one party's rows alone; arguments as in :func:`column_sums` and :func:`federated_scaler`.
+
+    Args:
+        quantile: whether features become normal scores.
+    """
+    scaler = federated_scaler([column_sums(name, x, y)], binary=binary, drop=drop, known=known)
+    return with_scores(scaler, [rank_counts(scaler, x)]) if quantile else scaler
+
+
 def rank_counts(scaler: Scaler, x: Array) -> Array:
     """Returns how many values of every feature lie nearest to each of ``RANK_GRID``, shape ``p x k``; NaN counts nowhere."""
     z = (x - scaler.mean) / scaler.scale

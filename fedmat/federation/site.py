@@ -54,7 +54,7 @@ from fedmat.errors import PlanRefused, SiteRefused
 from fedmat.features.table import TEST, TRAIN, VALIDATION, FeatureTable
 from fedmat.federation.evaluation import evaluate, residual_sums
 from fedmat.federation.plan import Plan
-from fedmat.federation.scaling import column_sums, federated_scaler, rank_counts, with_scores
+from fedmat.federation.scaling import column_sums, own_scaler, rank_counts
 from fedmat.models.laws import temperature_columns
 from fedmat.models.network import Architecture
 from fedmat.seeds import stream
@@ -329,8 +329,9 @@ class SiteWorker:
     def _own_scaler(self, common: Scaler) -> Scaler:
         part = self.table.part(TRAIN)
         binary = self.plan.task.kind == "binary"
-        own = federated_scaler([column_sums(self.site, part.x, part.y)], binary=binary, drop=self._argument(), known=common)
-        return with_scores(own, [rank_counts(own, part.x)]) if len(common.scores) else own
+        return own_scaler(
+            self.site, part.x, part.y, binary=binary, quantile=len(common.scores) > 0, drop=self._argument(), known=common
+        )
 
     def _argument(self) -> NDArray[np.bool_] | None:
         return temperature_columns(self.table.names) if self._architecture.lawful else None

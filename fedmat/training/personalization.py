@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +70,7 @@ def ditto(learner: Learner, start: Weights, settings: PlanSettings, rates: Array
     return _best(learner, start, local, rates * settings.personalization.finetune_lr_factor, rng, keep_start=True)
 
 
-def round_freezer(architecture: Architecture, head_steps: int):  # type: ignore[no-untyped-def]
+def round_freezer(architecture: Architecture, head_steps: int) -> Callable[[int, str], bool] | None:
     """Returns FedRep's order of a round: the head alone for ``head_steps``, then everything but the head; None without."""
     if not head_steps:
         return None
