@@ -239,7 +239,7 @@ def run_job(job: Job) -> list[str]:
 
     run = pipeline.open_run(job.file, home=job.home, rounds=job.rounds)
     plan = _with(run.plan(), seed=job.seed, deduplicate=False)  # done here once, for all arms alike
-    tables = _without_duplicates(run, plan)
+    tables = deduplicated(run)
     done = []
     for name, measure in _arms(job, plan, tables):
         path = job.out / f"{job.seed}" / f"{name}.json"
@@ -254,7 +254,7 @@ def run_job(job: Job) -> list[str]:
     return done
 
 
-def _without_duplicates(run: Any, plan: Plan) -> dict[str, Any]:
+def deduplicated(run: Any) -> dict[str, Any]:
     """Returns every site's features without the training rows that another site, or anyone's test, holds as well."""
     from fedmat import pipeline
     from fedmat.assurance import duplicates

@@ -14,6 +14,7 @@ import typer
 import fedmat.telemetry  # noqa: F401  before anything that would phone home
 from fedmat.cli_bench import bench
 from fedmat.cli_data import data_app, site_app
+from fedmat.cli_keys import keys_app
 from fedmat.commands import DEBUG, Group, Home, Json, Store
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(site_app, name="site")
 app.add_typer(data_app, name="data")
+app.add_typer(keys_app, name="keys")
 app.command()(bench)
 
 Orchestrated = Annotated[

@@ -18,7 +18,13 @@ QUICK_ROUNDS = 8
 
 def bench(
     cases: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONSORTIUM]...", help="C1 C2-YS C2-HV C4a C4b C6 demo.", show_default="all")
+        list[str] | None,
+        typer.Argument(
+            metavar="[attacks|small] [CONSORTIUM]...",
+            help="C1 C2-YS C2-HV C4a C4b C6 demo. First word 'attacks': hostile members against rules; 'small': encrypted, "
+            "compressed rounds against plain ones.",
+            show_default="all",
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=20, help="Repeats with other seeds; the split stays.")] = 5,
     arms: Annotated[str, typer.Option(help="Ways of training, comma-separated.", show_default="all")] = "",
@@ -41,10 +47,18 @@ def bench(
 
     The data come from fedmat data get; only the consortium demo needs none.
 
+    fedmat bench attacks cuts each consortium into ten members, lets two of them attack, and compares rules for combining
+    updates (--arms chooses rules). fedmat bench small compares encrypted rounds with plain ones: bytes and error.
+
     Example:  fedmat bench C1 C4a --seeds 3 --arms pooled,default,fedavg
+
+    Example:  fedmat bench attacks C1 --seeds 3 --arms mean,veto_multi_krum
     """
     from fedmat import bench_report, benchmark, comparison, console
 
+    if cases and cases[0] in ("attacks", "small"):
+        trust(cases[0], cases[1:] or ["C1", "C4a"], seeds, arms, out / "trust", rounds, show, as_json)
+        return
     out = out / "quick" if quick else out
     chosen = cases or [c.name for c in benchmark.SUITE if c.name != benchmark.DEMO]
     wanted = tuple(a for a in arms.split(",") if a)
@@ -79,4 +93,40 @@ def bench(
     console.show_rows("claims", ("verdict", "claim", "measured"), told)
     console.show_where(
         [("page", console.show_path(page)), ("numbers", console.show_path(page.with_name(bench_report.SUMMARY)))]
+    )
+
+
+def trust(
+    kind: str, cases: list[str], seeds: int, arms: str, out: Path, rounds: int | None, show: bool, as_json: bool
+) -> None:  # fmt: skip
+    """Runs or shows the measurements of protected rounds."""
+    from fedmat import console, trust_bench
+
+    found: list[dict[str, object]] = []
+    if show:
+        found = trust_bench.load(out)
+    else:
+        members = trust_bench.MEMBERS if kind == "attacks" else None
+        tables, plans = trust_bench.data(cases, out.parent, console.say, members)
+        if kind == "small":  # fewer than five members are not encrypted: C1 has four
+            tables = {c: t if len(t) >= 5 else trust_bench.ten(t) for c, t in tables.items()}
+        plans = {c: trust_bench.shortened(p, rounds) for c, p in plans.items()}
+        rules = tuple(a for a in arms.split(",") if a) or trust_bench.RULES
+        work = list(trust_bench.cells(kind, tables, plans, range(17, 17 + seeds), rules))
+        for i, cell in enumerate(work, 1):
+            found.append(trust_bench.measure(cell, tables[cell.case], out))
+            console.say(f"{i}/{len(work)} {cell.case} {cell.arm} {cell.attack} seed {cell.seed}: error {found[-1]['mae']:.4g}")
+    result = trust_bench.summary(found)
+    if as_json:
+        console.write_json(result)
+        return
+    console.show_rows(
+        "ten members, two hostile",
+        ("consortium", "rule", "attack", "error", "to clean", "to clean mean", "hostile weight", "honest left out"),
+        trust_bench.attack_rows(result),
+    )
+    console.show_rows(
+        "encrypted and small, against plain",
+        ("consortium", "rounds", "error", "to plain", "up", "down", "bytes to roles"),
+        trust_bench.small_rows(result),
     )

@@ -28,6 +28,11 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
 
 
+def _as_it_was(value: object) -> bool:
+    """A setting left at its default is not in the plan's digest: a plan that does not use it is the plan it was."""
+    return value == type(value)()
+
+
 # --- consortium.yaml ---------------------------------------------------------------------------------------------
 
 
@@ -141,6 +146,73 @@ class Personalization(Settings):
     )
 
 
+class RuleSpec(Settings):
+    """How updates are joined into one; ``docs/rules.md`` says what each rule withstands."""
+
+    name: Literal[
+        "mean",
+        "krum",
+        "multi_krum",
+        "nearest_neighbour_mixing",
+        "geometric_median",
+        "centred_clipping",
+        "veto_multi_krum",
+        "coordinate_median",
+        "trimmed_mean",
+    ] = "mean"
+    hostile: int = Field(0, ge=0, description="f: how many sites may work against the others; every rule has its own limit")
+    radius: float = Field(
+        1.0, gt=0, description="centred clipping: how far an update may lie from the centre, in median distances"
+    )
+
+
+class Compression(Settings):
+    """How few numbers an update becomes: linear, by public random numbers fixed when the last model was."""
+
+    name: Literal["none", "low_rank", "hadamard", "random_k"] = "none"
+    share: float = Field(0.04, gt=0, le=1, description="numbers sent, as a share of the model's")
+    feedback: float = Field(
+        0.9, ge=0, le=1, description="share of what was not sent that a site adds to its next update (not low_rank)"
+    )
+    downlink: bool = Field(True, description="sites get the step in its compressed form; needs plan.server.name: sgd")
+    refresh_every: int = Field(0, ge=0, description="also send the whole model every so many rounds; 0: where a site lacks it")
+
+
+class Security(Settings):
+    """Who may see an update: docs/threat-model.md."""
+
+    mode: Literal["none", "trigram", "masking", "ckks"] = "none"
+    ring_bits: Literal[32, 64] = Field(
+        32, description="of one number of a masked update; 64 for contributions and long updates"
+    )
+    clip: float = Field(10.0, gt=0, description="largest norm of an update in the first round; later ones follow the median")
+    clip_factor: float = Field(2.0, ge=1, description="largest norm of an update, in median norms of the round before")
+    exchanges: int = Field(3, ge=1, description="tries a round has before it is given up, as long as nothing was opened")
+    canary_rate: float = Field(0.0, ge=0, le=0.5, description="share of exchanges in which members secretly test the roles")
+    round_scores: bool = Field(False, description="sites add their validation sums and loss to a round, in the clear")
+    threshold: float = Field(0.6, gt=0.5, le=1, description="masking: share of the roster that must be there to unmask a sum")
+
+
+class Privacy(Settings):
+    """Differential privacy of training at each site, per record (DP-SGD); docs/privacy.md."""
+
+    unit: Literal["none", "record", "site"] = "none"
+    epsilon: float = Field(8.0, gt=0, description="budget of a site over the whole run; training stops before it is passed")
+    delta: float = Field(1e-5, gt=0, lt=1)
+    clip: float = Field(1.0, gt=0, description="largest norm of one record's gradient")
+    noise_multiplier: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="noise in units of clip; None: the least that keeps the budget over all rounds"
+    )
+
+
+class ContributionSpec(Settings):
+    """How each round tells who contributed; needs the consortium's reference set."""
+
+    method: Literal["none", "gram"] = "none"
+    every: int = Field(1, ge=1, description="rounds between two looks")
+    rows: int = Field(60, ge=5, description="reference rows whose predictions are explained")
+
+
 class PlanSettings(Settings):
     """How the consortium trains; the ``plan`` section of consortium.yaml."""
 
@@ -174,6 +246,18 @@ class PlanSettings(Settings):
         True, description="find records that several sites hold, by keys under a secret of the members, and train on each once"
     )
     interval_level: float = Field(0.9, gt=0.5, lt=1, description="share of new materials that a prediction's interval covers")
+    rule: RuleSpec = Field(RuleSpec(), exclude_if=_as_it_was)
+    compression: Compression = Field(Compression(), exclude_if=_as_it_was)
+    security: Security = Field(Security(), exclude_if=_as_it_was)
+    privacy: Privacy = Field(Privacy(), exclude_if=_as_it_was)
+    contribution: ContributionSpec = Field(ContributionSpec(), exclude_if=_as_it_was)
+    site_momentum: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        exclude_if=_as_it_was,
+        description="a site sends this share of its last update along: less noise between sites",
+    )
 
 
 class Splits(Settings):
@@ -184,7 +268,7 @@ class Splits(Settings):
     seed: int = Field(7, ge=0)
     keep_together: tuple[str, ...] = Field(
         (),
-        exclude_if=lambda fields: not fields,  # a plan that does not use it is the plan it was
+        exclude_if=_as_it_was,
         description="contract fields, e.g. [doi]: rows that share a value are never divided over training and validation",
     )
 
@@ -226,6 +310,9 @@ class ConsortiumConfig(Settings):
     splits: Splits = Splits()
     admission: Admission = Admission()
     members: tuple[Member, ...] = Field(min_length=1)
+    charter: Path | None = Field(
+        None, description="everyone's public keys (docs/keys.md); a simulated consortium makes its own for a rehearsal"
+    )
 
     @field_validator("features", mode="before")
     @classmethod

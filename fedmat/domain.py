@@ -12,6 +12,27 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmat.envelopes import (
+    ArrivedRequest,
+    ArrivedSignature,
+    AuditRequest,
+    AuditVote,
+    Blob,
+    Ciphertexts,
+    Header,
+    HeaderSignature,
+    Masked,
+    MaskedSumRequest,
+    MaskKeys,
+    MaskKeysRequest,
+    MaskShares,
+    MaskSharesRequest,
+    Submission,
+    SumWitness,
+    Unmasked,
+    UnmaskRequest,
+    WitnessRequest,
+)
 from fedmat.weights import Weights
 
 Array = NDArray[np.float64]
@@ -181,20 +202,60 @@ class Ranks:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One round's change of the global model in its compressed form, so that a site makes the step for itself.
+
+    Attributes:
+        round: the round that ended in this step.
+        kind: how ``numbers`` are to be read, little-endian.
+        scale: what one unit is worth, the server's learning rate included.
+    """
+
+    round: int
+    kind: Literal["float32", "int32", "int64"]
+    numbers: Blob
+    scale: float
+
+    def vector(self) -> Array:
+        """Returns the step as float64 numbers, shape ``k``; every party computes the same."""
+        kind = {"float32": "<f4", "int32": "<i4", "int64": "<i8"}[self.kind]
+        return np.frombuffer(self.numbers.tobytes(), dtype=kind).astype(np.float64) * self.scale
+
+
+@dataclass(frozen=True)
 class TrainRequest:
     """Instruction for one round: start from ``weights`` and return the change.
 
     Attributes:
+        model_sha256: of weights and scaling to start from (``wire.weights_digest``).
+        weights, scaler: empty and None where the site holds them already: it then takes ``steps`` to come to ``model_sha256``.
         control: the coordinator's control variate (SCAFFOLD), empty otherwise.
         lr: local learning rate of this round, after the schedule.
+        header, consents: of an encrypted round: what the update is bound to, and the roles' signatures of it.
+        masks: of a masked round: the shares this site keeps for others.
+        context: of a CKKS round: the key holder's public context, where the site lacks it.
     """
 
     plan_sha256: str
     round: int
     lr: float
-    weights: Weights
-    scaler: Scaler
+    model_sha256: str
+    weights: Weights = field(default_factory=dict)
+    scaler: Scaler | None = None
     control: Weights = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+    header: Header | None = None
+    consents: tuple[HeaderSignature, ...] = ()
+    masks: MaskedSumRequest | None = None
+    context: Blob = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+
+
+@dataclass(frozen=True)
+class NeedModel:
+    """A site's answer where it does not hold the model that a TrainRequest starts from."""
+
+    site: str
+    round: int
 
 
 @dataclass(frozen=True)
@@ -202,6 +263,7 @@ class Update:
     """What a site returns for one round: the weight change, and for SCAFFOLD the change of its control variate.
 
     Attributes:
+        delta: named tensors; under a compressor one tensor ``compressed`` of shape ``k``.
         validation: sums (as in ``Evaluation.sums``) of the *received* weights on the site's validation groups.
     """
 
@@ -213,6 +275,50 @@ class Update:
     control_delta: Weights = field(default_factory=dict)
     train_loss: float = float("nan")
     validation: Array = field(default_factory=lambda: np.zeros(0))
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """What a site returns for an encrypted round.
+
+    Attributes:
+        train_loss, validation: as in :class:`Update`, only where the plan opens them (``security.round_scores``).
+    """
+
+    site: str
+    content: Submission | Masked | Ciphertexts
+    train_loss: float = float("nan")
+    validation: Array = field(default_factory=lambda: np.zeros(0))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A round's update before it is sealed; a file that stays at the site.
+
+    Attributes:
+        numbers: what is to be sent, shape ``k``.
+    """
+
+    numbers: Array
+    train_loss: float
+    validation: Array
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a site answered in an encrypted exchange; a file that stays at the site until the run has ended.
+
+    Attributes:
+        words: the update as ring elements.
+        canary: seed of ``words`` where the exchange is a canary; else empty.
+        state: what a masked round needs to go on.
+    """
+
+    header_sha256: str
+    sealed: Sealed
+    words: Blob
+    canary: Blob
+    state: Blob
 
 
 OwnArm = Literal["local", "finetuned", "ditto", "personal"]
@@ -357,7 +463,18 @@ class Rejection:
     """A site answered and the answer was left out."""
 
     site: str
-    reason: Literal["malformed", "non_finite", "wrong_shape", "too_large", "wrong_plan", "wrong_round", "wrong_site"]
+    reason: Literal[
+        "malformed",
+        "non_finite",
+        "wrong_shape",
+        "too_large",
+        "wrong_plan",
+        "wrong_round",
+        "wrong_site",
+        "excluded",
+        "protocol",
+        "wrapped",
+    ]
     detail: str = ""
 
 
@@ -371,8 +488,32 @@ Request = (
     | BaselineRequest
     | EvaluateRequest
     | CalibrateRequest
+    | AuditRequest
+    | MaskKeysRequest
+    | MaskSharesRequest
+    | ArrivedRequest
+    | UnmaskRequest
+    | WitnessRequest
 )
-Answer = Offer | Removed | Attestation | Statistics | Ranks | Update | Baseline | Evaluation | Calibration
+Answer = (
+    Offer
+    | Removed
+    | Attestation
+    | Statistics
+    | Ranks
+    | Update
+    | Sealed
+    | NeedModel
+    | Baseline
+    | Evaluation
+    | Calibration
+    | AuditVote
+    | MaskKeys
+    | MaskShares
+    | ArrivedSignature
+    | Unmasked
+    | SumWitness
+)
 
 
 @dataclass(frozen=True)
@@ -396,7 +537,14 @@ class RoundReport:
     """Everything anyone may know about one round; the run is a generator of these.
 
     Attributes:
-        shares: weight of each accepted site, summing to one.
+        shares: weight of each site whose update counted, summing to one.
+        excluded: site -> why the rule left its update out or counted it less.
+        protection: how updates were protected: ``none``, ``trigram``, ``masking`` or ``ckks``.
+        exchange: number of the encrypted exchange that closed the round; -1 in the clear.
+        audits: site -> ``agrees``, ``disagrees: ...`` or ``silent``: what members found about what was opened of theirs.
+        evidence: digests of what a ledger keeps: header, Gram matrix, sum.
+        contribution: site -> share of this round's gain on the reference set, where the plan looks.
+        role_bytes: party that is no site -> bytes to and from it.
         model_sha256: digest of the model's weights and scaling if this round were the last.
         validation: global validation metric after the round, where it was asked for.
     """
@@ -418,6 +566,13 @@ class RoundReport:
     validation: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     overhead_seconds: float = 0.0
+    excluded: dict[str, str] = field(default_factory=dict)
+    protection: str = "none"
+    exchange: int = -1
+    audits: dict[str, str] = field(default_factory=dict)
+    evidence: dict[str, str] = field(default_factory=dict)
+    contribution: dict[str, float] = field(default_factory=dict)
+    role_bytes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -427,6 +582,9 @@ class Checkpoint:
     Attributes:
         server: the server optimiser's moments, flat float64 vectors by name, and the running sum of averaged weights.
         attestations_sha256: digest of what the sites attested; a resumed run must find the same.
+        holds: site -> the round whose starting weights it holds.
+        steps: the last rounds' steps, for sites that hold an older model.
+        exchange: number of the next encrypted exchange.
     """
 
     plan_sha256: str
@@ -436,6 +594,9 @@ class Checkpoint:
     control: Weights
     scaler: Scaler
     server: dict[str, Array]
+    holds: dict[str, int] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+    exchange: int = 0
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,25 @@ class WireError(FedmatError):
     exit_code = 6
 
 
+class ProtocolError(WireError):
+    """A party broke the rules of an encrypted round, or would have to: nothing is opened.
+
+    Attributes:
+        reason: one word for machines, e.g. ``bad_signature``, ``replay``, ``second_opening`` (docs/errors.md).
+    """
+
+    def __init__(self, reason: str, what: str, *, fix: str = "") -> None:
+        self.reason = reason
+        super().__init__(f"{reason}: {what}", fix=fix)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_protocol, (type(self), self.reason, self.what, self.fix))
+
+
+def _rebuild_protocol(kind: type[ProtocolError], reason: str, what: str, fix: str) -> ProtocolError:
+    return kind(reason, what.removeprefix(f"{reason}: "), fix=fix)
+
+
 class ServiceError(FedmatError):
     """Prefect, MLflow, DVC or the network did not do its part: see the named service."""
 

@@ -17,12 +17,16 @@ import rfc8785
 from fedmat.errors import StateError
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replaces ``path`` by ``data`` so that a reader, or a crash, sees the old file or the new one, never a part."""
-    write_together(path.parent, {path.name: data})
+def write_atomic(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Replaces ``path`` by ``data`` so that a reader, or a crash, sees the old file or the new one, never a part.
+
+    Args:
+        private: only the owner may read it, from the first byte on.
+    """
+    write_together(path.parent, {path.name: data}, private=private)
 
 
-def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
+def write_together(folder: Path, contents: Mapping[str, bytes], *, private: bool = False) -> None:
     """Replaces files of ``folder`` in the order given; all are on disk before the first one takes its place.
 
     A full disk therefore leaves every one of them as it was.
@@ -34,7 +38,8 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             staged.append((temporary, path))
-            with temporary.open("wb") as handle:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666)
+            with os.fdopen(descriptor, "wb") as handle:
                 handle.write(data)
                 handle.flush()
                 os.fsync(handle.fileno())

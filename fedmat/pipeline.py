@@ -10,11 +10,12 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from fedmat import files, wire
 from fedmat._version import __version__
 from fedmat.config import ConsortiumConfig, SiteConfig, Task, load_consortium, load_site
 from fedmat.domain import Baseline, Evaluation, GlobalModel, RoundReport
+from fedmat.envelopes import ROLES
 from fedmat.errors import ConfigError, DataError, NotEvidenced, SiteRefused, StateError
 from fedmat.federation.plan import Plan
 
@@ -33,10 +35,13 @@ if TYPE_CHECKING:
     from fedmat.data.versions import Version
     from fedmat.features.table import FeatureTable
     from fedmat.federation.engine import Engine, Handler
+    from fedmat.federation.holding import Identity
     from fedmat.federation.site import MatchingKeys
+    from fedmat.keys import Charter
     from fedmat.lineage import Registered
 
 SECRET = Path("secrets/matching.key")  # in the workspace: the members' secret, which no coordinator may see
+KEYS = "keys"  # in the workspace of a site or of a role: its private keys
 REFUSED = "refused.json"  # in a site's folder: why its data take no part in this run
 MODEL, PLAN, METRICS, EVALUATIONS, TIMINGS = (
     "model.safetensors", "plan.json", "metrics.json", "evaluations.json", "timings.json",
@@ -102,6 +107,10 @@ class Run:
                 fix="correct record_type, or join another consortium",
             )
         return settings, path
+
+    def party_folder(self, party: str) -> Path:
+        """The workspace of a site or of a role."""
+        return self.home / "roles" / party if party in ROLES else self.site_folder(party)
 
     @property
     def folder(self) -> Path:
@@ -198,20 +207,86 @@ def build_handler(consortium_file: Path, home: Path, rounds: int | None, site: s
     if (folder / REFUSED).exists():
         raise SiteRefused(f"site {site}: its data were refused when they were prepared", fix="see fedmat site check")
     manifest = files.read_json(folder / "manifest.json")
-    return SiteWorker(site, run.plan(), site_table(run, site), manifest, folder, matching_keys(run, site)).handle
+    keys, identity = matching_keys(run, site), site_identity(run, site)
+    return SiteWorker(site, run.plan(), site_table(run, site), manifest, folder, keys, identity).handle
+
+
+def build_role(consortium_file: Path, home: Path, rounds: int | None, role: str) -> Handler:
+    """Returns the function that answers requests for one role; importable, so that its own process can build it."""
+    from fedmat import keys
+    from fedmat.federation import role as roles
+
+    run = Run(consortium_file, home, None, rounds)
+    charter = read_charter(run)
+    if charter is None:
+        raise StateError(f"{role}: the plan encrypts nothing", fix="set plan.security.mode")
+    folder = run.party_folder(role)
+    return roles.worker(role, run.plan(), keys.load(folder / KEYS, role), charter, folder).handle
+
+
+def read_charter(run: Run) -> Charter | None:
+    """Returns everyone's public keys; None where the plan encrypts nothing.
+
+    A simulated consortium that names no charter gets one for a rehearsal: one operator then holds all parties' keys.
+
+    Raises:
+        ConfigError: the consortium is real and names no charter, or the charter is wrong or another consortium's.
+    """
+    from fedmat import keys
+
+    config = run.config()
+    if config.plan.security.mode == "none":
+        return None
+    if config.charter is not None:
+        path = run.consortium_file.parent / config.charter
+        found = keys.read_charter(path)
+        if found.consortium != config.name or found.sites != config.roster:
+            raise ConfigError(
+                f"{path}: is not the charter of these members of {config.name}", fix="fedmat keys charter makes it"
+            )
+        return found
+    if not config.simulated:
+        raise ConfigError(
+            f"{run.consortium_file}: security.mode {config.plan.security.mode} needs a charter with everyone's public keys",
+            fix="make one with fedmat keys charter and name it under charter:",
+        )
+    organisations = {m.site: m.organisation for m in config.members}
+    return keys.rehearsal(config.name, run.sites, organisations, lambda name: run.party_folder(name) / KEYS)
+
+
+def site_identity(run: Run, site: str) -> Identity | None:
+    """Returns a site's private keys, the charter and the members' secret; None where the plan encrypts nothing."""
+    from fedmat import keys
+    from fedmat.data import matching
+    from fedmat.federation.holding import Identity
+
+    charter = read_charter(run)
+    if charter is None:
+        return None
+    secret = b""
+    if run.plan().settings.security.canary_rate:
+        secret = matching.load_or_create_secret(run.home / SECRET)
+    return Identity(keys.load(run.party_folder(site) / KEYS, site), charter, secret)
 
 
 @contextmanager
 def open_engine(run: Run) -> Iterator[Engine]:
     """Gives the in-process engine, with one process per site where the plan says so."""
     from fedmat.federation.engine import InProcessEngine, ProcessEngine
+    from fedmat.federation.rounds import role_names
 
-    arguments = {s: (run.consortium_file, run.home, run.rounds, s) for s in run.sites}
+    def arguments(party: str) -> tuple[Path, Path, int | None, str]:
+        return (run.consortium_file, run.home, run.rounds, party)
+
+    read_charter(run)  # makes the rehearsal's keys, before any party looks for them
+    roles = role_names(run.plan())
     engine: Engine
     if run.plan().settings.isolation == "process":
-        engine = ProcessEngine({s: (build_handler, a) for s, a in arguments.items()})
+        factories = {s: (build_handler, arguments(s)) for s in run.sites} | {r: (build_role, arguments(r)) for r in roles}
+        engine = ProcessEngine(factories)
     else:
-        engine = InProcessEngine({s: _handler_or_refusal(*a) for s, a in arguments.items()})
+        handlers = {s: _handler_or_refusal(*arguments(s)) for s in run.sites} | {r: build_role(*arguments(r)) for r in roles}
+        engine = InProcessEngine(handlers)
     with engine:
         yield engine
 
@@ -225,21 +300,28 @@ def train(run: Run, *, resume: bool = True) -> Iterator[RoundReport]:
     Args:
         resume: False throws away this run's earlier rounds.
     """
-    from fedmat.federation.coordinator import CHECKPOINT, INTERVALS, MATCHING, ROUNDS, SETUP, Coordinator
+    from fedmat.federation.coordinator import CHECKPOINT, EXCHANGES, INTERVALS, MATCHING, NONCE, ROUNDS, SETUP, Coordinator
     from fedmat.models.network import Architecture
 
     plan = run.plan()
     folder = run.folder
     folder.mkdir(parents=True, exist_ok=True)
     if not resume:
-        for name in (CHECKPOINT, ROUNDS, SETUP, INTERVALS, MATCHING, MODEL, METRICS, EVALUATIONS, TIMINGS):
+        for name in (CHECKPOINT, ROUNDS, SETUP, INTERVALS, MATCHING, MODEL, METRICS, EVALUATIONS, TIMINGS, NONCE):
             (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / EXCHANGES, ignore_errors=True)
     files.write_json(folder / PLAN, plan.as_json())
     files.write_atomic(run.home / "runs" / "latest", folder.name.encode())
     started = time.perf_counter()
     with open_engine(run) as engine:
         architecture = Architecture.of(plan.model, plan.tasks, plan.settings)
-        coordinator = Coordinator(plan, lambda n: architecture.initial_weights(n, plan.settings.seed), folder)
+        coordinator = Coordinator(
+            plan,
+            lambda n: architecture.initial_weights(n, plan.settings.seed),
+            folder,
+            charter=read_charter(run),
+            today=datetime.now(UTC).date().isoformat(),  # whether keys still count; nothing of it is in the model
+        )
         ran = False
         for report in coordinator.run(engine):
             ran = True

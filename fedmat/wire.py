@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from fedmat import domain, files
+from fedmat import domain, envelopes, files
 from fedmat.errors import StateError, WireError
 from fedmat.weights import Weights
 
@@ -35,6 +35,8 @@ _TYPES: dict[str, type] = {
         domain.TrainRequest, domain.Update, domain.BaselineRequest, domain.Baseline, domain.EvaluateRequest,
         domain.MatchRequest, domain.Offer, domain.RemoveRequest, domain.Removal, domain.Removed,
         domain.Evaluation, domain.CalibrateRequest, domain.Calibration, domain.Network, domain.SiteModel, domain.GlobalModel, domain.Dropout, domain.Rejection, domain.Checkpoint,
+        domain.Step, domain.NeedModel, domain.Sealed, domain.Prepared, domain.Answered,
+        *(k for k in vars(envelopes).values() if dataclasses.is_dataclass(k) and isinstance(k, type)),
     )
 }  # fmt: skip
 M = TypeVar("M")

@@ -3,22 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 
 from fedmat import files
+from fedmat import keys as keyring
 from fedmat.config import ConsortiumConfig
 from fedmat.domain import GlobalModel, RoundReport
 from fedmat.features.table import TEST, TRAIN, VALIDATION, FeatureTable
+from fedmat.envelopes import ROLES
+from fedmat.federation import role as roles
+from fedmat.federation import rounds
 from fedmat.federation.coordinator import Coordinator
 from fedmat.federation.engine import Handler, InProcessEngine
+from fedmat.federation.holding import Identity
 from fedmat.federation.plan import Plan
 from fedmat.federation.site import MatchingKeys, SiteWorker
 from fedmat.models.network import Architecture
 from fedmat.seeds import stream
 
 SITES = ("ash", "birch", "cedar", "dogwood")
+SEVEN = (*SITES, "elm", "fir", "gorse")
+TODAY = "2026-01-01"
+
+
+def charter(settings: ConsortiumConfig, folder: Path) -> keyring.Charter | None:
+    """The consortium's charter, where its plan encrypts; keys are made on first use and kept."""
+    if settings.plan.security.mode == "none":
+        return None
+    organisations = {m.site: m.organisation for m in settings.members}
+    return keyring.rehearsal(
+        settings.name, settings.roster, organisations, lambda n: key_folder(folder, n), date.fromisoformat(TODAY)
+    )
+
+
+def key_folder(folder: Path, party: str) -> Path:
+    """Where a party's private keys lie."""
+    return folder / ("roles" if party in ROLES else "sites") / party / "keys"
+
+
+def role(name: str, settings: ConsortiumConfig, folder: Path) -> Handler:
+    """A role's handler, as it starts (again) from its folder."""
+    found = charter(settings, folder)
+    assert found is not None
+    own = keyring.load(key_folder(folder, name), name)
+    return roles.worker(name, Plan.of(settings), own, found, folder / "roles" / name).handle
 
 
 def config(
@@ -78,7 +109,10 @@ def worker(
     """A site's real worker over a synthetic table."""
     data = data or table(site, binary=settings.task.kind == "binary")
     manifest = {"sha256": files.sha256(data.x.tobytes()), "rejected": {"missing": 1}}
-    return SiteWorker(site, Plan.of(settings), data, manifest, folder / "sites" / site, keys)
+    found, identity = charter(settings, folder), None
+    if found is not None:
+        identity = Identity(keyring.load(key_folder(folder, site), site), found, b"members-secret")
+    return SiteWorker(site, Plan.of(settings), data, manifest, folder / "sites" / site, keys, identity)
 
 
 def handlers(
@@ -93,6 +127,8 @@ def handlers(
     for site in settings.roster:
         handle = worker(site, settings, folder, (data or {}).get(site), (keys or {}).get(site)).handle
         out[site] = (bad or {}).get(site, lambda h: h)(handle)
+    for name in rounds.role_names(Plan.of(settings)):
+        out[name] = (bad or {}).get(name, lambda h: h)(role(name, settings, folder))
     return out
 
 
@@ -101,7 +137,13 @@ def coordinator(settings: ConsortiumConfig, folder: Path) -> Coordinator:
     plan = Plan.of(settings)
     (folder / "run").mkdir(parents=True, exist_ok=True)
     architecture = Architecture.of(plan.model, plan.tasks, plan.settings)
-    return Coordinator(plan, lambda n: architecture.initial_weights(n, plan.settings.seed), folder / "run")
+    return Coordinator(
+        plan,
+        lambda n: architecture.initial_weights(n, plan.settings.seed),
+        folder / "run",
+        charter=charter(settings, folder),
+        today=TODAY,
+    )
 
 
 def run(
@@ -115,12 +157,12 @@ def run(
 ) -> tuple[list[RoundReport], GlobalModel | None]:
     """Runs to the end, or for ``stop`` rounds and no further; returns the reports and the global model."""
     lead = coordinator(settings, folder)
-    rounds = lead.run(InProcessEngine(handlers(settings, folder, bad, data, keys)))
+    running = lead.run(InProcessEngine(handlers(settings, folder, bad, data, keys)))
     if stop is not None:
-        reports = [next(rounds) for _ in range(stop)]
-        rounds.close()
+        reports = [next(running) for _ in range(stop)]
+        running.close()
         return reports, None
-    reports = list(rounds)
+    reports = list(running)
     return reports, lead.model()
 
 

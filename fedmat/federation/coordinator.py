@@ -17,7 +17,7 @@ import numpy as np
 
 from fedmat import files, wire
 from fedmat import weights as wts
-from fedmat.aggregation.linear import LinearRule, equal_shares, row_shares
+from fedmat.aggregation.linear import LinearRule
 from fedmat.assurance import duplicates, uncertainty
 from fedmat.domain import (
     RANK_GRID,
@@ -41,20 +41,22 @@ from fedmat.domain import (
     Scaler,
     Statistics,
     StatisticsRequest,
-    TrainRequest,
-    Update,
 )
-from fedmat.errors import RoundFailed, SiteRefused, StateError, WireError
+from fedmat.errors import SiteRefused, StateError, WireError
+from fedmat.federation import rounds
 from fedmat.federation.engine import Engine
 from fedmat.federation.plan import Plan
+from fedmat.federation.rounds import Asking, Outcome, Replay
 from fedmat.federation.scaling import federated_scaler, with_scores
+from fedmat.keys import Charter
 from fedmat.models.laws import temperature_columns
 from fedmat.weights import Weights
 
 CHECKPOINT, ROUNDS, SETUP, INTERVALS, MATCHING = (
     "checkpoint.safetensors", "rounds.jsonl", "attestations.json", "intervals.json", "matching.json",
 )  # fmt: skip
-_AVERAGE = "average"  # in the checkpoint's server state: the running sum of the weights to be averaged
+EXCHANGES, NONCE = "exchanges", "run.json"  # of encrypted rounds: answers of the round under way, the run's random name
+_AVERAGE, _CLIP = "average", "clip"  # in the checkpoint's server state: running sum of weights, norm limit of updates
 
 
 class Coordinator:
@@ -63,11 +65,22 @@ class Coordinator:
     Args:
         initial: makes the first global weights from the number of active features; the same for everyone.
         folder: where the checkpoint and the reports live.
+        charter: everyone's keys, for a plan that encrypts its rounds.
+        today: ISO date (UTC), which tells whether keys still count.
     """
 
-    def __init__(self, plan: Plan, initial: Callable[[int], Weights], folder: Path) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        initial: Callable[[int], Weights],
+        folder: Path,
+        *,
+        charter: Charter | None = None,
+        today: str = "",
+    ) -> None:
         self.plan = plan
         self.folder = folder
+        self._charter, self._today = charter, today
         self._initial = initial
         self._rule = LinearRule(plan.settings.server)
         self.attestations: dict[str, Attestation] = {}
@@ -83,9 +96,26 @@ class Coordinator:
         """
         setup_bytes = self._attest(engine, self._match(engine))
         state = self._restore() or self._start(engine, setup_bytes)
+        encrypted = self.plan.settings.security.mode != "none"
+        replay = Replay(engine, self.folder / EXCHANGES) if encrypted else None
+        combining = rounds.combining(
+            self.plan,
+            self.attestations,
+            self._charter,
+            self.folder / EXCHANGES,
+            self._nonce() if encrypted else "",
+            self._today,
+        )
         while state.next_round < self.plan.settings.rounds:
-            report, state = self._round(engine, state)
+            try:
+                report, state = self._round(combining, Asking(replay or engine, self.plan, state, tuple(self.attestations)))
+            except rounds.QuorumMissed:
+                if replay:
+                    replay.forget(failures=True)
+                raise
             self._save(report, state)
+            if replay:
+                replay.forget()
             yield report
         if not (self.folder / INTERVALS).exists():
             self._calibrate(engine, state)
@@ -225,89 +255,69 @@ class Coordinator:
 
     # --- one round -----------------------------------------------------------------------------------------------
 
-    def _round(self, engine: Engine, state: Checkpoint) -> tuple[RoundReport, Checkpoint]:
+    def _round(self, combining: rounds.Combining, asking: Asking) -> tuple[RoundReport, Checkpoint]:
         started = time.perf_counter()
-        plan, number = self.plan, state.next_round
-        request = TrainRequest(plan.sha256, number, plan.lr(number), state.weights, state.scaler, state.control)
-        asked = tuple(self.attestations)
-        request_sha256 = wire.digest(request)
-        deliveries = engine.broadcast(request, asked, plan.settings.deadline_s)
-        updates: dict[str, Update] = {}
-        dropouts: list[Dropout] = []
-        rejections: list[Rejection] = []
-        for d in deliveries:
-            if isinstance(d.answer, Dropout):
-                dropouts.append(d.answer)
-                continue
-            verdict = d.answer if isinstance(d.answer, Rejection) else self._admit(d, request, request_sha256)
-            if isinstance(verdict, Rejection):
-                rejections.append(verdict)
-            elif isinstance(d.answer, Update):
-                updates[d.site] = d.answer
-        self._need_quorum(f"round {number + 1}", updates, deliveries, rejections)
-        sites = sorted(updates)
-        shares = self._shares(sites)
-        order = [shares[s] for s in sites]
-        total = self._rule.total([wts.flatten(updates[s].delta) for s in sites], order)
-        average = state.server.get(_AVERAGE)
-        step, server = self._rule.finish(total, {k: v for k, v in state.server.items() if k != _AVERAGE})
-        weights = wts.unflatten(wts.flatten(state.weights) + step, state.weights)
+        plan, number, state = self.plan, asking.number, asking.state
+        found = combining.combine(asking)
+        server = {k: v for k, v in state.server.items() if k not in (_AVERAGE, _CLIP)}
+        weights, control = state.weights, state.control
+        if found.mean is not None:
+            step, server = self._rule.finish(found.mean, server)
+            weights = rounds.advance(weights, step)
+            if control:  # SCAFFOLD, Algorithm 1 line 17: plain mean, scaled by the share of sites taking part
+                sites = sorted(found.updates)
+                mean = self._rule.total(
+                    [wts.flatten(found.updates[s].control_delta) for s in sites], [1 / len(sites)] * len(sites)
+                )
+                control = wts.unflatten(wts.flatten(control) + len(sites) / len(plan.roster) * mean, control)
         if number >= plan.settings.rounds - plan.settings.average_last:
-            server = server | {_AVERAGE: wts.flatten(weights) + (0.0 if average is None else average)}
-        control = state.control
-        if control:  # SCAFFOLD, Algorithm 1 line 17: plain mean, scaled by the share of sites taking part
-            mean = self._rule.total([wts.flatten(updates[s].control_delta) for s in sites], [1 / len(sites)] * len(sites))
-            part = len(sites) / len(plan.roster)
-            control = wts.unflatten(wts.flatten(control) + part * mean, control)
-        following = dataclasses.replace(state, next_round=number + 1, weights=weights, control=control, server=server)
-        seconds = time.perf_counter() - started
-        report = RoundReport(
-            round=number,
+            server = server | {_AVERAGE: wts.flatten(weights) + state.server.get(_AVERAGE, 0.0)}
+        if found.clip:
+            server = server | {_CLIP: np.array([found.clip])}
+        answered = set(found.updates) | set(found.sealed)
+        took = {
+            s for s, finding in found.audits.items() if found.step and finding != rounds.SILENT
+        }  # the step came with the audit
+        following = dataclasses.replace(
+            state,
+            next_round=number + 1,
+            weights=weights,
+            control=control,
+            server=server,
+            holds=state.holds | dict.fromkeys(sorted(answered), number) | dict.fromkeys(sorted(took), number + 1),
+            steps=(*state.steps, found.step)[-rounds.KEPT_STEPS :] if found.step else (),
+            exchange=found.next_exchange,
+        )
+        return self._report(found, following, asking, time.perf_counter() - started), following
+
+    def _report(self, found: Outcome, following: Checkpoint, asking: Asking, seconds: float) -> RoundReport:
+        plan, answers = self.plan, {**found.updates, **found.sealed}
+        return RoundReport(
+            round=asking.number,
             rounds=plan.settings.rounds,
-            rule=self._rule.name,
-            lr=request.lr,
-            accepted=tuple(sites),
-            shares=shares,
-            update_norms={s: wts.norm(updates[s].delta) for s in sites},
-            train_loss={s: updates[s].train_loss for s in sites},
-            dropouts=tuple(dropouts),
-            rejections=tuple(rejections),
-            bytes_down={d.site: d.bytes_down for d in deliveries},
-            bytes_up={d.site: d.bytes_up for d in deliveries},
-            model_sha256=wire.weights_digest(self._final(following), state.scaler),
+            rule=self._rule.name if plan.settings.rule.name == "mean" else f"{plan.settings.rule.name} + {self._rule.name}",
+            lr=plan.lr(asking.number),
+            accepted=tuple(sorted(found.shares)),
+            shares=found.shares,
+            update_norms={s: wts.norm(u.delta) for s, u in sorted(found.updates.items())},
+            train_loss={s: a.train_loss for s, a in sorted(answers.items())},
+            dropouts=found.dropouts,
+            rejections=found.rejections,
+            bytes_down={d.site: d.bytes_down for d in found.deliveries},
+            bytes_up={d.site: d.bytes_up for d in found.deliveries},
+            model_sha256=wire.weights_digest(self._final(following), following.scaler),
             plan_sha256=plan.sha256,
-            validation=_validation({s: updates[s].validation for s in sites}),
+            validation=_validation({s: a.validation for s, a in sorted(answers.items())}),
             seconds=seconds,
-            overhead_seconds=seconds - sum(d.seconds for d in deliveries),
+            overhead_seconds=seconds - sum(d.seconds for d in found.deliveries),
+            excluded=found.excluded,
+            protection=plan.settings.security.mode,
+            exchange=found.exchange,
+            audits=found.audits,
+            evidence=found.evidence,
+            contribution=found.contribution,
+            role_bytes=found.parties,
         )
-        return report, following
-
-    def _admit(self, delivery: Delivery, request: TrainRequest, request_sha256: str) -> Rejection | None:
-        update, site = delivery.answer, delivery.site
-        if not isinstance(update, Update):
-            return Rejection(site, "malformed", f"answered a training request with {type(update).__name__}")
-        if update.site != site:
-            return Rejection(site, "wrong_site", "signed with another site's name")
-        if update.plan_sha256 != self.plan.sha256:
-            return Rejection(site, "wrong_plan", "made for another plan")
-        if update.round != request.round or update.request_sha256 != request_sha256:
-            return Rejection(site, "wrong_round", f"answers another request than round {request.round + 1}'s")
-        shapes = wts.same_shape(update.delta, request.weights) and wts.same_shape(
-            update.control_delta or request.control, request.control
-        )
-        if not shapes or bool(update.control_delta) != bool(request.control):
-            return Rejection(site, "wrong_shape", "tensors differ in name, shape or type from the request's")
-        if not (wts.is_finite(update.delta) and wts.is_finite(update.control_delta)):
-            return Rejection(site, "non_finite", "holds NaN or infinity")
-        size = wts.norm(update.delta)
-        if size > self.plan.settings.max_update_norm:
-            return Rejection(site, "too_large", f"norm {size:.3g}, the plan permits {self.plan.settings.max_update_norm:g}")
-        return None
-
-    def _shares(self, sites: Sequence[str]) -> dict[str, float]:
-        if self.plan.settings.site_weights == "equal":
-            return equal_shares(sites)
-        return row_shares({s: self.attestations[s].n_train for s in sites}, self.plan.settings.max_weight_share)
 
     def _need_quorum(
         self,
@@ -316,15 +326,15 @@ class Coordinator:
         deliveries: Sequence[Delivery],
         failures: Sequence[Dropout | Rejection] = (),
     ) -> None:
-        quorum = self.plan.settings.quorum
-        if len(good) >= quorum:
-            return
-        why = [f"{a.site} {a.reason}: {a.detail}" for a in [d.answer for d in deliveries] if isinstance(a, Dropout | Rejection)]
-        why += [f"{r.site} {r.reason}: {r.detail}" for r in failures if f"{r.site} {r.reason}: {r.detail}" not in why]
-        raise RoundFailed(
-            f"{what}: {len(good)} of {len(self.plan.roster)} sites answered well, the quorum is {quorum}; " + "; ".join(why),
-            fix="mend the named sites, or lower plan.quorum, and run again: it goes on from the last good round",
-        )
+        answers = [d.answer for d in deliveries if isinstance(d.answer, Dropout | Rejection)]
+        rounds.need_quorum(self.plan, what, good, [*answers, *failures])
+
+    def _nonce(self) -> str:
+        """Returns the run's random name: signatures and pads of one run count in no other."""
+        path = self.folder / NONCE
+        if not path.exists():
+            files.write_json(path, {"run": os.urandom(16).hex()})
+        return str(files.read_json(path)["run"])
 
     # --- state ---------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
-from fedmat import wire
+from fedmat import envelopes, wire
 from fedmat.domain import (
     Answer,
     Attestation,
@@ -28,6 +28,7 @@ from fedmat.domain import (
     EvaluateRequest,
     Evaluation,
     MatchRequest,
+    NeedModel,
     Offer,
     Ranks,
     RanksRequest,
@@ -35,6 +36,7 @@ from fedmat.domain import (
     Removed,
     RemoveRequest,
     Request,
+    Sealed,
     Statistics,
     StatisticsRequest,
     TrainRequest,
@@ -44,17 +46,25 @@ from fedmat.errors import FedmatError, WireError
 
 Handler = Callable[[bytes], bytes]
 _START_UP_S = 300.0  # imports and features of a site's own process; not counted against its deadline
-_EXPECTED: dict[type, type] = {
+_EXPECTED: dict[type, Any] = {
     MatchRequest: Offer,
     RemoveRequest: Removed,
     AttestRequest: Attestation,
     StatisticsRequest: Statistics,
     RanksRequest: Ranks,
-    TrainRequest: Update,
+    TrainRequest: Update | Sealed | NeedModel,
     BaselineRequest: Baseline,
     EvaluateRequest: Evaluation,
     CalibrateRequest: Calibration,
-}
+    **{
+        getattr(envelopes, f"{asked}Request"): getattr(envelopes, given)
+        for asked, given in {
+            "Header": "HeaderSignature", "Deposit": "Deposit", "Commit": "Commitment", "Share": "Share", "Open": "Opening",
+            "Confirm": "Confirmation", "Blame": "Projections", "Audit": "AuditVote", "MaskKeys": "MaskKeys",
+            "MaskShares": "MaskShares", "Arrived": "ArrivedSignature", "Unmask": "Unmasked", "Witness": "SumWitness", "KeyHolder": "KeyHolderContext", "Decrypt": "Decrypted",
+        }.items()
+    },
+}  # fmt: skip
 
 
 class Engine(abc.ABC):
@@ -208,7 +218,7 @@ def _frame(reply: bytes | Dropout) -> bytes:
     return b"ok\n" + reply if isinstance(reply, bytes) else f"{reply.reason}\n{reply.detail}".encode()
 
 
-def _delivery(site: str, request: bytes, reply: bytes | Dropout, seconds: float, expected: type) -> Delivery:
+def _delivery(site: str, request: bytes, reply: bytes | Dropout, seconds: float, expected: Any) -> Delivery:
     if isinstance(reply, Dropout):
         return Delivery(site, reply, len(request), 0, seconds)
     try:

@@ -15,8 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmat import files
+from fedmat.aggregation import robust
 from fedmat.config import Admission, ConsortiumConfig, FeatureSpec, ModelSpec, PlanSettings, Splits, Task
 from fedmat.errors import PlanRefused
+from fedmat.privacy import mechanisms
+from fedmat.transport import compression
+
+MIN_SITES = 5  # fewer members read each other from an opened sum, whatever protects it on the way
+_A_SMALL_UPDATE = 5000  # numbers of an update, for the sum that shows why privacy of whole sites is refused
+LARGEST_WEIGHT = 4.0  # of one update in an opened sum, in mean weights
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,7 @@ class Plan:
 
 def _refuse(plan: Plan) -> None:
     s, n = plan.settings, len(plan.roster)
+    _refuse_protection(plan)
     if s.quorum > n:
         raise PlanRefused(f"plan.quorum is {s.quorum} and the consortium has {n} sites", fix=f"set plan.quorum to at most {n}")
     if s.site_weights == "rows" and s.max_weight_share * s.quorum < 1.0:
@@ -180,3 +188,78 @@ def _refuse(plan: Plan) -> None:
             if wrong:
                 raise PlanRefused(f"plan.algorithm scaffold and {name}: its control variates assume plain SGD steps and "
                                   "a plain mean", fix=fix)  # fmt: skip
+
+
+def _refuse_protection(plan: Plan) -> None:
+    """Rules, compressors, protection and privacy that do not go together; silence here is where other frameworks fail."""
+    s, n = plan.settings, len(plan.roster)
+    mode, rule = s.security.mode, s.rule
+    if s.quorum <= n:
+        robust.refuse(rule, s.quorum)  # what may answer, not what was invited
+    compression.refuse(s.compression, mode)
+    if mode != "none" and n < MIN_SITES and s.privacy.unit == "none":
+        raise PlanRefused(
+            f"plan.security.mode {mode} and {n} sites: from a sum over so few, members read each other",
+            fix=f"have {MIN_SITES} sites or more, or set plan.privacy.unit: record",
+        )
+    if mode != "none" and s.quorum < robust.MIN_SELECTED:
+        raise PlanRefused(
+            f"plan.security.mode {mode} and plan.quorum {s.quorum}: a sum of fewer than {robust.MIN_SELECTED} updates is not opened",
+            fix=f"set plan.quorum to at least {robust.MIN_SELECTED}",
+        )
+    least = robust.selected(rule, s.quorum) if s.quorum <= n else n
+    if mode != "none" and least < max(robust.MIN_SELECTED, rule.hostile + 3):
+        raise PlanRefused(
+            f"plan.rule.name {rule.name} with plan.quorum {s.quorum} may leave {least} updates: a sum of so few is not opened",
+            fix=f"raise plan.quorum, or use a rule that keeps {max(robust.MIN_SELECTED, rule.hostile + 3)} or more",
+        )
+    if mode in ("masking", "ckks") and rule.name != "mean":
+        raise PlanRefused(
+            f"plan.security.mode {mode} and plan.rule.name {rule.name}: under {mode} only the sum is opened, no update can be judged",
+            fix="use security.mode: trigram, or rule.name: mean (which withstands no hostile site)",
+        )
+    if mode == "trigram" and rule.name in robust.CLEAR_ONLY:
+        raise PlanRefused(
+            f"plan.security.mode trigram and plan.rule.name {rule.name}: it needs every coordinate of every update",
+            fix=f"use one of {', '.join(sorted(robust.GRAM_RULES))}, which need inner products only",
+        )
+    if mode != "none" and s.site_weights == "rows" and s.max_weight_share * least > LARGEST_WEIGHT:
+        raise PlanRefused(
+            f"plan.site_weights rows, plan.max_weight_share {s.max_weight_share} and a sum of {least} sites: one update could stand out",
+            fix=f"set plan.max_weight_share to at most {LARGEST_WEIGHT / least:.2f}",
+        )
+    if s.algorithm == "scaffold" and (mode != "none" or s.compression.name != "none" or s.site_momentum or rule.name != "mean"):
+        raise PlanRefused(
+            "plan.algorithm scaffold sends a second vector, which cannot be encrypted, compressed or judged with the first",
+            fix="use plan.algorithm: fedavg, or security.mode: none, compression.name: none, rule.name: mean, site_momentum: 0",
+        )
+    if s.compression.name != "none" and s.compression.downlink and s.server.name != "sgd":
+        raise PlanRefused(
+            f"plan.compression.downlink and plan.server.name {s.server.name}: the server's step is no longer the sum the sites can expand",
+            fix="use plan.server.name: sgd, or compression.downlink: false",
+        )
+    if s.compression.name == "low_rank" and s.personalization.head_steps:
+        raise PlanRefused(
+            "plan.compression.name low_rank and plan.personalization.head_steps: the head is trained in another form than it is sent",
+            fix="use compression.name: hadamard, or head_steps: 0",
+        )
+    if s.contribution.method != "none" and (mode != "trigram" or s.security.ring_bits != 64):
+        raise PlanRefused(
+            f"plan.contribution.method {s.contribution.method} and plan.security.mode {mode} with ring_bits {s.security.ring_bits}: "
+            "contributions are read from what three roles open in a 64-bit ring",
+            fix="use security: {mode: trigram, ring_bits: 64}, or contribution.method: none",
+        )
+    if s.privacy.unit == "site":
+        mechanisms.refuse_site_level(n, _A_SMALL_UPDATE, s.privacy.epsilon, s.privacy.delta, s.rounds)
+    if s.privacy.unit == "record":
+        for name, wrong, fix in (
+            ("plan.ensemble", s.ensemble != 1, "use plan.ensemble: 1"),
+            ("plan.algorithm", s.algorithm != "fedavg", "use plan.algorithm: fedavg"),
+            ("plan.compression.name low_rank", s.compression.name == "low_rank", "use compression.name: hadamard"),
+            ("plan.model.graph", plan.model.graph is not None, "use features without a graph"),
+            ("plan.model.dropout", plan.model.dropout > 0, "use model.dropout: 0"),
+            ("plan.security.round_scores", s.security.round_scores, "use round_scores: false"),
+            ("plan.personalization.head_steps", s.personalization.head_steps > 0, "use head_steps: 0"),
+        ):
+            if wrong:
+                raise PlanRefused(f"plan.privacy.unit record and {name}: the guarantee would not cover it", fix=fix)

@@ -1,8 +1,9 @@
 """The only place where records' numbers and the wire meet: reading this file is reviewing what leaves a company.
 
 Knows: one site's feature table, and how to answer each kind of request. What leaves, in full:
-attestations (digests and counts), sums over training rows, weight changes, sums over held-out rows, counts of errors by size, and for
-quantile scaling counts of feature values by size.
+attestations (digests and counts), sums over training rows, weight changes (in a plan that encrypts: masked by pads that only
+the roles of the charter can take off), sums over held-out rows, counts of errors by size, for quantile scaling counts of
+feature values by size, and in an encrypted round a signed finding about what was opened of the site's own update.
 Refuses to know: other sites, the coordinator, how messages are delivered.
 """
 
@@ -34,9 +35,11 @@ from fedmat.domain import (
     Evaluation,
     GlobalModel,
     MatchRequest,
+    NeedModel,
     Network,
     Offer,
     OwnArm,
+    Prepared,
     Ranks,
     RanksRequest,
     Removal,
@@ -50,9 +53,20 @@ from fedmat.domain import (
     TrainRequest,
     Update,
 )
+from fedmat.envelopes import (
+    ArrivedRequest,
+    AuditRequest,
+    AuditVote,
+    MaskKeysRequest,
+    MaskSharesRequest,
+    UnmaskRequest,
+    WitnessRequest,
+)
 from fedmat.errors import PlanRefused, SiteRefused
 from fedmat.features.table import TEST, TRAIN, VALIDATION, FeatureTable
+from fedmat.federation import rounds
 from fedmat.federation.evaluation import evaluate, residual_sums
+from fedmat.federation.holding import Held, Identity, Sealing
 from fedmat.federation.plan import Plan
 from fedmat.federation.scaling import column_sums, own_scaler, rank_counts
 from fedmat.models.laws import temperature_columns
@@ -61,9 +75,12 @@ from fedmat.seeds import stream
 from fedmat.training import folds, personalization, trainer
 from fedmat.training.personalization import Learner
 from fedmat.training.trainer import Targets
-from fedmat.weights import Weights
+from fedmat.transport.compression import with_feedback
+from fedmat.weights import Vector, Weights
 
 REMOVAL = "removal.safetensors"  # in a site's state: keys of training rows that it leaves out
+LEDGER = Path("privacy/ledger.jsonl")  # in a site's workspace: what training has cost of its privacy budget, over all runs
+RELEASED = "released.safetensors"  # in a site's state: the last update that noise was added to
 PERSONAL = "personal.safetensors"  # in a site's state: the model it uses for its own materials
 
 
@@ -102,6 +119,7 @@ class SiteWorker:
         manifest: the site's dataset manifest (digest and counts).
         folder: the site's workspace; training state is kept in ``state/``.
         keys: of the table's records, where the plan looks for duplicates.
+        identity: the site's private keys and the charter, where the plan encrypts rounds.
     """
 
     def __init__(
@@ -112,9 +130,12 @@ class SiteWorker:
         manifest: dict[str, object],
         folder: Path,
         keys: MatchingKeys | None = None,
+        identity: Identity | None = None,
     ) -> None:
         self.site, self.plan, self.folder = site, plan, folder
+        self._sealing = Sealing(plan, identity, self._state(), site) if identity else None
         self._manifest, self._whole, self._keys = manifest, table, keys
+        self._holding = Held(plan, self._state())
         self._architecture = Architecture.of(plan.model, plan.tasks, plan.settings)
         self._take_up(kept_rows(self._state(), table, keys))
         trainer.warm_up()
@@ -158,7 +179,17 @@ class SiteWorker:
         if isinstance(request, RanksRequest):
             return Ranks(self.site, rank_counts(request.scaler, self.table.part(TRAIN).x))
         if isinstance(request, TrainRequest):
-            return self._train(request, files.sha256(data))
+            return self._round(request, files.sha256(data))
+        if isinstance(request, AuditRequest):
+            return self._audit(request)
+        if isinstance(request, MaskKeysRequest | MaskSharesRequest | ArrivedRequest | UnmaskRequest):
+            if self._sealing is None or self.plan.settings.security.mode != "masking":
+                raise PlanRefused(f"site {self.site}: the plan masks nothing")
+            return self._sealing.masks(request)
+        if isinstance(request, WitnessRequest):
+            if self._sealing is None or self.plan.settings.security.mode != "ckks":
+                raise PlanRefused(f"site {self.site}: the plan encrypts no sums under CKKS")
+            return self._sealing.witness(request)
         if isinstance(request, BaselineRequest):
             return self._baseline(request)
         if isinstance(request, CalibrateRequest):
@@ -204,15 +235,118 @@ class SiteWorker:
 
     # --- a round ---------------------------------------------------------------------------------------------------
 
-    def _train(self, request: TrainRequest, request_sha256: str) -> Update:
+    def _round(self, request: TrainRequest, request_sha256: str) -> Answer:
+        """Trains from the round's model; what leaves is the update in the plan's form, sealed where the plan encrypts."""
+        encrypts = self.plan.settings.security.mode != "none"
+        if encrypts != (request.header is not None) or (encrypts and self._sealing is None):
+            raise PlanRefused(
+                f"site {self.site}: the plan says security {self.plan.settings.security.mode}, and the request or this site's "
+                "keys do not fit that",
+                fix="an update leaves only as the plan says; see docs/keys.md",
+            )
+        held = self._holding.take(request)
+        lacks = self.plan.settings.security.mode == "ckks" and not (self._sealing and self._sealing.knows_context(request))
+        if held is None or lacks:
+            return NeedModel(self.site, request.round)
+        if self._sealing is None:
+            return self._open_update(request, request_sha256, held)
+        stored = self._sealing.stored(request)
+        if stored is not None:
+            return stored
+        found = self._sealing.prepared(request.header) or self._prepare(request, held)
+        return self._sealing.seal(request, found)
+
+    def _open_update(self, request: TrainRequest, request_sha256: str, held: GlobalModel) -> Update:
+        released = self._state() / RELEASED
+        if self.plan.settings.privacy.unit != "none" and released.exists():
+            update = wire.decode(released.read_bytes(), Update)
+            if update.request_sha256 == request_sha256:
+                return update  # the same noise again tells nothing new; fresh noise would be a second release
+        delta, control, loss, sums = self._train(request, held)
+        numbers = self._numbers(request, held, delta)
+        if self.plan.settings.compression.name == "none":
+            sent = wts.unflatten(numbers, held.weights)
+        else:
+            sent = {rounds.COMPRESSED: numbers.astype(np.float32)}
+        update = Update(self.site, request.round, request.plan_sha256, request_sha256, sent, control, loss, sums)
+        if self.plan.settings.privacy.unit != "none":
+            files.write_atomic(released, wire.encode(update))
+        return update
+
+    def _prepare(self, request: TrainRequest, held: GlobalModel) -> Prepared:
+        """Returns what an encrypted round sends: the update, and what the plan lets be told beside it."""
+        delta, _, loss, sums = self._train(request, held)
+        if not self.plan.settings.security.round_scores:
+            loss, sums = float("nan"), np.zeros(0)
+        return Prepared(self._numbers(request, held, delta), loss, sums)
+
+    def _numbers(self, request: TrainRequest, held: GlobalModel, delta: Weights) -> Vector:
+        """Returns the update as the plan's compressor makes it, shape ``k``."""
+        s = self.plan.settings
+        vector = self._with_momentum(request, wts.flatten(delta)) if s.site_momentum else wts.flatten(delta)
+        squeeze = rounds.compressor(self.plan, held.weights, request.round, request.model_sha256)
+        if squeeze.trains_inside or s.compression.name == "none":
+            return squeeze.compress(vector)
+        memory = self._recall("settled", request.round, also="unsent")
+        before = wts.flatten(memory) if memory else np.zeros_like(vector)
+        numbers, unsent = with_feedback(squeeze, vector, before, s.compression.feedback)
+        self._keep("unsent", request.round, wts.unflatten(unsent, held.weights))
+        return numbers
+
+    def _with_momentum(self, request: TrainRequest, vector: Vector) -> Vector:
+        """Returns the running mean of the site's updates (Karimireddy et al., ICML 2021: worker momentum)."""
+        share = self.plan.settings.site_momentum
+        last = self._recall("momentum", request.round)
+        mixed = vector if not last else share * wts.flatten(last) + (1.0 - share) * vector
+        self._keep("momentum", request.round, wts.unflatten(mixed, self._holding.like))
+        return mixed
+
+    def _audit(self, request: AuditRequest) -> AuditVote:
+        """Checks what was opened of this site's update, and takes the step that the opened sum is."""
+        if self._sealing is None:
+            raise PlanRefused(f"site {self.site}: asked about an encrypted round, and its plan has none")
+        vote = self._sealing.audit(request)
+        if not len(vote.canary):
+            self._settle(request)
+        if not len(vote.canary) and rounds.travels(self.plan):
+            mean = rounds.sum_as_step(request.header, request.total.tobytes(), sum(request.weights))
+            self._holding.step(
+                request.header.round, request.header.model_sha256, rounds.scaled(mean, self.plan.settings.server.lr)
+            )
+        return vote
+
+    def _settle(self, request: AuditRequest) -> None:
+        """Adds to what was not sent yet what the clip and the rounding kept back, or all of it where the update did not count."""
+        found, number = self._sealing.prepared(request.header) if self._sealing else None, request.header.round
+        unsent = self._recall("unsent", number + 1)
+        if found is None or not unsent or self._sealing is None:
+            return
+        counted = dict(zip(request.sites, request.weights, strict=False)).get(self.site, 0) > 0
+        lost = found.numbers - self._sealing.sent(request) if counted else found.numbers
+        squeeze = rounds.compressor(self.plan, unsent, number, request.header.model_sha256)
+        self._keep("settled", number, wts.unflatten(wts.flatten(unsent) + squeeze.expand(lost), unsent))
+
+    def _train(self, request: TrainRequest, held: GlobalModel) -> tuple[Weights, Weights, float, Array]:
+        """Returns the weight change, the change of the control variate, the mean loss and the sums over held-out rows."""
         s, architecture = self.plan.settings, self._architecture
-        learner = self._learner(request.scaler)
-        start = self._with_own_parts(request)
-        held = np.flatnonzero(self._fold >= 0)
+        learner = self._learner(held.scaler)
+        start = self._with_own_parts(held.weights, request.round)
+        rows = np.flatnonzero(self._fold >= 0)
         output = np.zeros((architecture.members, len(self._fold), len(self.plan.tasks)))
-        output[:, held] = architecture.forward(start, learner.inputs.take(held))
+        output[:, rows] = architecture.forward(start, learner.inputs.take(rows))
         steps = self.plan.steps(request.round)
         own = self._control(request) if request.control else {}
+        if s.privacy.unit == "record":
+            private = self._train_private(request, learner, start)
+            return (
+                wts.subtract(private, held.weights),
+                {},
+                float("nan"),
+                np.zeros(0),
+            )  # no number beside it: noise covers the update
+        basis = None
+        if s.compression.name == "low_rank":
+            basis = rounds.compressor(self.plan, held.weights, request.round, request.model_sha256).basis()
         trained = trainer.train(
             architecture,
             start,
@@ -224,35 +358,48 @@ class SiteWorker:
             rng=stream(s.seed, "batches", self.site, request.round),
             correction=trainer.scaffold_correction(request.control, own) if own else None,
             frozen=personalization.round_freezer(architecture, s.personalization.head_steps),
+            basis=basis,
         )
         control_delta: Weights = {}
         if own:
             following = trainer.scaffold_control(own, request.control, start, trained.weights, steps, request.lr)
             control_delta = wts.subtract(following, own)
             self._keep("control", request.round, following)
-        private = {k: v for k, v in trained.weights.items() if architecture.is_private(k)}
-        if private:
-            self._keep("private", request.round, private)
-        return Update(
-            self.site,
-            request.round,
-            request.plan_sha256,
-            request_sha256,
-            wts.subtract(trained.weights, request.weights),
-            control_delta,
-            trained.loss,
-            self._out_of_fold_sums(output, request.scaler),
-        )
+        own_parts = {k: v for k, v in trained.weights.items() if architecture.is_private(k)}
+        if own_parts:
+            self._keep("private", request.round, own_parts)
+        sums = self._out_of_fold_sums(output, held.scaler)
+        return wts.subtract(trained.weights, held.weights), control_delta, trained.loss, sums
+
+    def _train_private(self, request: TrainRequest, learner: Learner, start: Weights) -> Weights:
+        """Returns the weights after noisy steps that this site's budget has paid for."""
+        from fedmat.privacy.accounting import BudgetLedger, Event, noise_for
+        from fedmat.training.private import train_private
+
+        p, local = self.plan.settings.privacy, self.plan.settings.local
+        rate = min(1.0, local.batch_size / len(learner.rows[0]))
+        steps = self.plan.steps(request.round)
+        noise = p.noise_multiplier
+        if noise is None:
+            noise = noise_for(p.epsilon, p.delta, rate, sum(self.plan.steps(r) for r in range(self.plan.settings.rounds)))
+        path = self.folder / LEDGER
+        if not path.exists():
+            BudgetLedger.create(path, site=self.site, epsilon=p.epsilon, delta=p.delta)
+        BudgetLedger(path).spend(Event(noise, rate, steps), run=self.plan.sha256, round=request.round)
+        trained = train_private(
+            self._architecture, start, learner.inputs, learner.targets, learner.rows, local, p,
+            rates=np.full(steps, request.lr), noise_multiplier=noise, sampling_rate=rate,
+        )  # fmt: skip
+        return trained.weights
 
     def _learner(self, scaler: Scaler) -> Learner:
         part = self._learning
         inputs = self._architecture.inputs(scaler, part.names, part.x, part.graphs)
         return Learner(self._architecture, inputs, Targets.of(scaler, part.y, part.bound), self._rows, self._held)
 
-    def _with_own_parts(self, request: TrainRequest) -> Weights:
+    def _with_own_parts(self, weights: Weights, number: int) -> Weights:
         """Returns the received weights, with what this site keeps for itself as it was after its last round."""
-        kept = self._recall("private", request.round) if self._architecture.private else {}
-        return request.weights | kept
+        return weights | (self._recall("private", number) if self._architecture.private else {})
 
     def _out_of_fold(self, output: Array, scaler: Scaler) -> Array:
         """Returns predictions of the learning rows, ``n x n_tasks``, by members that never saw them; NaN where all did."""
@@ -324,7 +471,7 @@ class SiteWorker:
 
     def _global(self, request: BaselineRequest) -> Weights:
         """Returns the global weights with the parts this site keeps for itself."""
-        return request.weights | (self._recall("private", self.plan.settings.rounds) if self._architecture.private else {})
+        return self._with_own_parts(request.weights, self.plan.settings.rounds)
 
     def _own_scaler(self, common: Scaler) -> Scaler:
         part = self.table.part(TRAIN)
@@ -411,10 +558,16 @@ class SiteWorker:
     def _control(self, request: TrainRequest) -> Weights:
         return self._recall("control", request.round) or wts.zeros_like(request.control)
 
-    def _recall(self, kind: str, before: int) -> Weights:
-        """Returns what was kept in the last round before this one, empty if nothing was: a repeated round finds the same."""
-        found = self._state().glob(f"{kind}-*.safetensors")
-        kept = {int(m[1]): p for p in found if (m := re.search(r"-(\d+)\.", p.name))}
+    def _recall(self, kind: str, before: int, *, also: str = "") -> Weights:
+        """Returns what was kept in the last round before this one, empty if nothing was: a repeated round finds the same.
+
+        Args:
+            also: another kind, taken where its last round is later than that of ``kind``.
+        """
+        kept: dict[int, Path] = {}
+        for each in (also, kind):
+            found = self._state().glob(f"{each}-*.safetensors") if each else ()
+            kept |= {int(m[1]): p for p in found if (m := re.search(r"-(\d+)\.", p.name))}
         earlier = [r for r in kept if r < before]
         return wire.decode(kept[max(earlier)].read_bytes(), Update).delta if earlier else {}
 

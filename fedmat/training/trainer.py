@@ -1,5 +1,7 @@
 """Local training: steps of an optimiser on one table of features, with FedProx and SCAFFOLD corrections.
 
+With a basis, large matrices change by ``A B`` alone: ``A`` is given and only ``B`` is learned, starting at zero.
+
 Knows: inputs, targets, weights and a learning rate. Refuses to know: rounds as an exchange, sites' files, the wire.
 Nothing here keeps state between calls: everything comes in as arguments and goes out as values. The members of an
 ensemble are trained in the same steps, each on rows of its own; no member's gradient touches another's.
@@ -11,13 +13,14 @@ References:
     Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", UAI 2018.
     Tobin, "Estimation of Relationships for Limited Dependent Variables", Econometrica 26, 1958 (bounds as likelihoods).
     Kendall, Gal, Cipolla, CVPR 2018 (eq. 7, learned weights of several tasks).
+    Konecny et al., "Federated Learning: Strategies for Improving Communication Efficiency", 2016 (section 2, low rank).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,6 +127,7 @@ def train(
     frozen: Callable[[int, str], bool] | None = None,
     checkpoint: Callable[[int, Weights], None] | None = None,
     checkpoint_every: int = 0,
+    basis: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> Trained:
     """Trains from ``start`` for ``len(rates)`` steps.
 
@@ -134,7 +138,16 @@ def train(
         correction: SCAFFOLD's ``c - c_i``, added to every gradient.
         frozen: tells whether a tensor stays as it is in a step (step number, name).
         checkpoint: called every ``checkpoint_every`` steps with (steps done, weights).
+        basis: by tensor name the public factor ``A`` (``n_in x r``) of a change ``A B``; those tensors learn only ``B``.
+
+    Raises:
+        ValueError: a basis together with SCAFFOLD, or for a tensor that the network does not have in that shape.
     """
+    if basis and correction:
+        raise ValueError(
+            "SCAFFOLD corrects gradients of whole tensors, and a basis learns only a part of them that changes every round: "
+            "its control variates would never meet the gradients they stand for; use one of the two"
+        )
     steps, kind = len(rates), architecture.tasks[0].kind
     net = architecture.network(inputs.x.shape[1])
     network.load(net, start)
@@ -143,11 +156,16 @@ def train(
     net.train()
     if architecture.spec.dropout:
         torch.manual_seed(int(rng.integers(2**62)))  # dropout is torch's own draw: tie it to this call's stream
-    named = list(net.named_parameters())
+    factored = _Factored(net, basis) if basis else None
+    named = factored.named if factored else list(net.named_parameters())
     parameters = [p for _, p in named]
     anchor = [p.detach().clone() for p in parameters] if local.mu > 0 else []
     shift = [torch.from_numpy(correction[name].copy()).to(network.DEVICE) for name, _ in named] if correction else []
-    optimizer = _optimizer(local, parameters, float(rates[0]))
+    optimizer = _optimizer(local, factored.inner if factored else parameters, float(rates[0]))
+    if factored:
+        optimizer.param_groups[0]["weight_decay"] = 0.0  # decays the tensor, not B: see pull
+        if factored.whole:
+            optimizer.add_param_group({"params": factored.whole})
     balance = getattr(net, "balance", None)
     size = min(local.batch_size, *(len(r) for r in rows))
     plan = torch.from_numpy(np.stack([r[batches(len(r), size, steps, rng)] for r in rows], axis=1)).to(network.DEVICE)
@@ -158,7 +176,7 @@ def train(
         chosen = plan[step]
         optimizer.zero_grad(set_to_none=True)
         y = targets.y[chosen]
-        each = losses(net(inputs, chosen), y, targets.bound[chosen], local, kind)
+        each = losses(factored(inputs, chosen) if factored else net(inputs, chosen), y, targets.bound[chosen], local, kind)
         count = torch.isfinite(y).sum(dim=1)
         per_task = each.sum(dim=1) / count.clamp(min=1)  # m x n_tasks
         if balance is not None:
@@ -171,8 +189,10 @@ def train(
                     p.grad = None
         if local.clip_grad_norm is not None:
             _clip(parameters, local.clip_grad_norm, architecture.members)
-        for p, a in zip(parameters, anchor, strict=False):
-            if p.grad is not None:
+        if factored:
+            factored.pull(local.mu, local.weight_decay)
+        for (name, p), a in zip(named, anchor, strict=False):
+            if p.grad is not None and not (basis and name in basis):
                 p.grad.add_(p.detach() - a, alpha=local.mu)  # FedProx, eq. 2
         for p, c in zip(parameters, shift, strict=False):
             if p.grad is not None:
@@ -180,8 +200,52 @@ def train(
         optimizer.step()
         total += loss.detach()
         if checkpoint and checkpoint_every and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
-            checkpoint(step + 1, network.extract(net))
-    return Trained(network.extract(net), float(total) / steps / architecture.members)
+            checkpoint(step + 1, factored.extract() if factored else network.extract(net))
+    return Trained(factored.extract() if factored else network.extract(net), float(total) / steps / architecture.members)
+
+
+class _Factored:
+    """A network some of whose tensors are ``start + A B``: ``A`` given, ``B`` learned from zero."""
+
+    def __init__(self, net: nn.Module, basis: Mapping[str, NDArray[np.float32]]) -> None:
+        found = dict(net.named_parameters())
+        for name, a in basis.items():
+            if name not in found or found[name].dim() < 2 or a.ndim != 2 or a.shape[0] != found[name].shape[-2]:
+                raise ValueError(f"the basis of '{name}' fits no tensor of the network: it needs shape n_in x r")
+        self._net = net
+        self._start = {name: found[name].detach().clone() for name in basis}
+        self._a = {name: torch.from_numpy(np.array(a)).to(network.DEVICE) for name, a in basis.items()}
+        self._b = {
+            name: nn.Parameter(torch.zeros(*p.shape[:-2], self._a[name].shape[1], p.shape[-1], device=network.DEVICE))
+            for name, p in self._start.items()
+        }
+        self.named: list[tuple[str, nn.Parameter]] = [(name, self._b.get(name, p)) for name, p in found.items()]
+        self.whole = [p for name, p in found.items() if name not in basis]
+        self.inner = list(self._b.values())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: torch.add(self._start[name], torch.matmul(a, self._b[name])) for name, a in self._a.items()}
+
+    def __call__(self, inputs: Inputs, rows: Tensor) -> Tensor:
+        output: Tensor = torch.func.functional_call(self._net, self._tensors(), (inputs, rows))
+        return output
+
+    def pull(self, mu: float, decay: float) -> None:
+        """Adds ``A' (mu A B + decay W)`` to every gradient of a B: FedProx and weight decay act on the tensor ``W``."""
+        if not (mu or decay):
+            return
+        with torch.no_grad():
+            for name, a in self._a.items():
+                b = self._b[name]
+                if b.grad is not None:
+                    change = torch.matmul(a, b)
+                    b.grad.add_(torch.matmul(a.T, mu * change + decay * (self._start[name] + change)))
+
+    def extract(self) -> Weights:
+        """Returns the weights, the learned changes put in."""
+        with torch.no_grad():
+            moved = {name: value.cpu().numpy().copy() for name, value in self._tensors().items()}
+        return network.extract(self._net) | moved
 
 
 def train_best(

@@ -140,9 +140,9 @@ def test_a_site_trains_on_its_own_private_part_whatever_is_sent(private) -> None
     request, update = wire.decode(data, TrainRequest), wire.decode(reply, Update)
     names = set(kept(folder, plan, update.site, 1))
     forged = {n: v + np.float32(0.5) if n in names else v for n, v in request.weights.items()}
-    again = wire.decode(
-        handlers(settings, folder)[update.site](wire.encode(dataclasses.replace(request, weights=forged))), Update
-    )
+    digest = wire.weights_digest(forged, request.scaler)
+    asked = dataclasses.replace(request, weights=forged, model_sha256=digest)
+    again = wire.decode(handlers(settings, folder)[update.site](wire.encode(asked)), Update)
     assert again.train_loss == update.train_loss
     assert (again.validation == update.validation).all()
     for name in request.weights:

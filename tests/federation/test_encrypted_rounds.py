@@ -1,0 +1,304 @@
+"""Encrypted rounds through the real coordinator, workers and roles: what comes out, what gets through, what goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import consortium
+import numpy as np
+import pytest
+
+from fedmat import wire
+from fedmat.domain import AttestRequest, EvaluateRequest, Sealed, TrainRequest, Update
+from fedmat.envelopes import (
+    ArrivedRequest,
+    AuditRequest,
+    AuditVote,
+    CommitRequest,
+    ConfirmRequest,
+    DepositRequest,
+    HeaderRequest,
+    MaskKeysRequest,
+    MaskSharesRequest,
+    OpenRequest,
+    ShareRequest,
+    UnmaskRequest,
+)
+from fedmat.errors import FedmatError, PlanRefused, RoundFailed
+from fedmat.federation.engine import Handler
+from fedmat.federation.plan import Plan
+
+TRIGRAM = {"mode": "trigram", "clip": 5.0}
+MULTI_KRUM = {"name": "multi_krum", "hostile": 1}
+SKETCH = {"name": "hadamard", "share": 0.5}
+ROLE_STEPS = (HeaderRequest, DepositRequest, CommitRequest, ShareRequest, OpenRequest, ConfirmRequest)
+
+
+def settings(**plan: Any) -> Any:
+    return consortium.config(consortium.SEVEN, **{"security": TRIGRAM, "quorum": 5, "rounds": 3, **plan})
+
+
+def digest(model: Any) -> str:
+    return wire.weights_digest(model.weights, model.scaler)
+
+
+def failing(kind: type, times: int = 10**9, error: type[Exception] = OSError) -> Callable[[Handler], Handler]:
+    """A party that breaks down at a message of one kind, so many times."""
+
+    def wrap(handle: Handler) -> Handler:
+        left = [times]
+
+        def answer(data: bytes) -> bytes:
+            if isinstance(wire.decode(data, object), kind) and left[0] > 0:
+                left[0] -= 1
+                raise error("broke down")
+            return handle(data)
+
+        return answer
+
+    return wrap
+
+
+# --- the same model --------------------------------------------------------------------------------------------------
+
+
+def test_the_encrypted_mean_is_the_clear_mean_up_to_rounding(tmp_path: Path) -> None:
+    clear = consortium.run(settings(security={"mode": "none"}), tmp_path / "clear")[1]
+    sealed = consortium.run(settings(), tmp_path / "sealed")[1]
+    assert clear is not None and sealed is not None
+    for name, tensor in clear.weights.items():
+        np.testing.assert_allclose(sealed.weights[name], tensor, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"rule": MULTI_KRUM, "compression": SKETCH}, {"security": {"mode": "masking", "clip": 5.0}}]
+)
+def test_same_plan_and_data_give_the_same_bytes_with_other_keys_and_pads(tmp_path: Path, more: dict[str, Any]) -> None:
+    models = [consortium.run(settings(**more), tmp_path / str(i))[1] for i in range(2)]
+    assert digest(models[0]) == digest(models[1])
+
+
+@pytest.mark.parametrize("more", [{"rule": MULTI_KRUM, "compression": SKETCH}, {"security": {"mode": "masking", "clip": 5.0}}])
+def test_a_resumed_run_is_bit_identical(tmp_path: Path, more: dict[str, Any]) -> None:
+    plan = settings(**more)
+    whole = consortium.run(plan, tmp_path / "whole")[1]
+    consortium.run(plan, tmp_path / "cut", stop=1)
+    resumed = consortium.run(plan, tmp_path / "cut")[1]
+    assert digest(whole) == digest(resumed)
+
+
+@pytest.mark.parametrize("kind", [*ROLE_STEPS, TrainRequest, AuditRequest])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_coordinator_that_crashes_at_any_message_goes_on_bit_identically(tmp_path: Path, kind: type, after: bool) -> None:
+    plan = settings(rule=MULTI_KRUM, compression=SKETCH)
+    whole = consortium.run(plan, tmp_path / "whole")[1]
+    party = "fir" if kind in (TrainRequest, AuditRequest) else "auditor"
+
+    class Crash(BaseException):
+        pass
+
+    def crashing(handle: Handler) -> Handler:
+        seen = [0]
+
+        def answer(data: bytes) -> bytes:
+            if isinstance(wire.decode(data, object), kind):
+                seen[0] += 1
+                if seen[0] == 2:  # in the second round
+                    if after:
+                        handle(data)
+                    raise Crash
+            return handle(data)
+
+        return answer
+
+    with pytest.raises(Crash):
+        consortium.run(plan, tmp_path / "cut", {party: crashing})
+    resumed = consortium.run(plan, tmp_path / "cut")[1]
+    assert digest(whole) == digest(resumed)
+
+
+# --- what gets through ------------------------------------------------------------------------------------------------
+
+
+def test_no_update_crosses_the_wire_in_the_clear(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def watching(handle: Handler) -> Handler:
+        def answer(data: bytes) -> bytes:
+            reply = handle(data)
+            seen.append(wire.decode(reply, object))
+            return reply
+
+        return answer
+
+    consortium.run(settings(), tmp_path, dict.fromkeys(consortium.SEVEN, watching))
+    sealed = [m for m in seen if isinstance(m, Sealed)]
+    assert len(sealed) == 21 and not any(isinstance(m, Update) for m in seen)
+    assert all(np.isnan(m.train_loss) and not len(m.validation) for m in sealed)
+    counts = np.bincount(np.concatenate([m.content.masked for m in sealed]), minlength=256)
+    expected = counts.sum() / 256
+    assert ((counts - expected) ** 2 / expected).sum() < 255 + 6 * np.sqrt(2 * 255)
+
+
+def test_a_site_does_not_send_in_the_clear_what_its_plan_encrypts(tmp_path: Path) -> None:
+    plan = settings()
+    worker = consortium.worker("ash", plan, tmp_path)
+    request = TrainRequest(Plan.of(plan).sha256, 0, 0.1, "x")
+    with pytest.raises(PlanRefused, match="security trigram"):
+        worker.handle(wire.encode(request))
+
+
+def test_every_member_audits_its_own_row_and_a_report_holds_no_norms(tmp_path: Path) -> None:
+    reports, _ = consortium.run(settings(rule=MULTI_KRUM), tmp_path)
+    for r in reports:
+        assert r.audits == dict.fromkeys(consortium.SEVEN, "agrees")
+        assert r.update_norms == {} and r.protection == "trigram" and set(r.evidence) == {"header", "gram", "sum"}
+        assert set(r.excluded) == set(consortium.SEVEN) - set(r.shares) and len(r.shares) == 6
+        assert set(r.role_bytes) == {"aggregator", "auditor", "notary"}
+
+
+def test_a_hostile_update_is_left_out_with_a_reason_its_owner_can_read(tmp_path: Path) -> None:
+    from fedmat.hostile import run, vary
+
+    plan = vary(Plan.of(settings(rule=MULTI_KRUM)), rounds=2)
+    tables = {s: consortium.table(s) for s in consortium.SEVEN}
+    found = run(plan, tables, tmp_path, attack="scaling", hostile=("gorse",))
+    assert found.hostile_share == 0.0
+    assert all("gorse" in r.excluded for r in found.reports)
+
+
+def test_a_wrapped_update_voids_its_round_names_its_owner_and_changes_nothing(tmp_path: Path) -> None:
+    from fedmat.hostile import run
+
+    tables = {s: consortium.table(s) for s in consortium.SEVEN}
+    found = run(Plan.of(settings(rounds=2)), tables, tmp_path, attack="modular_wrap", hostile=("gorse",))
+    first = found.reports[0]
+    assert [r.site for r in first.rejections if r.reason == "wrapped"] == ["gorse"]
+    assert first.shares == {} and first.accepted == ()
+
+
+# --- who is missing ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [AttestRequest, TrainRequest, AuditRequest])
+def test_two_of_seven_sites_may_be_lost_at_any_step(tmp_path: Path, kind: type) -> None:
+    bad = {"ash": failing(kind), "elm": failing(kind)}
+    reports, model = consortium.run(settings(), tmp_path, bad)
+    assert model is not None
+    if kind is TrainRequest:
+        assert all({d.site for d in r.dropouts} == {"ash", "elm"} and len(r.shares) == 5 for r in reports)
+    if kind is AuditRequest:
+        assert all(r.audits["ash"] == "silent" and len(r.shares) == 7 for r in reports)
+
+
+@pytest.mark.parametrize("kind", [MaskKeysRequest, MaskSharesRequest, TrainRequest, ArrivedRequest, UnmaskRequest])
+def test_masked_rounds_survive_two_lost_sites_at_any_step(tmp_path: Path, kind: type) -> None:
+    plan = settings(security={"mode": "masking", "clip": 5.0})
+    bad = {"ash": failing(kind), "elm": failing(kind)}
+    reports, _ = consortium.run(plan, tmp_path, bad)
+    assert len(reports) == 3 and all(len(r.shares) >= 5 for r in reports)
+
+
+def test_too_few_sites_end_the_run_and_open_nothing(tmp_path: Path) -> None:
+    bad = dict.fromkeys(("ash", "birch", "cedar"), failing(TrainRequest))
+    with pytest.raises(RoundFailed, match="quorum is 5"):
+        consortium.run(settings(), tmp_path, bad)
+    assert consortium.run(settings(), tmp_path)[1] is not None
+
+
+@pytest.mark.parametrize("kind", ROLE_STEPS)
+@pytest.mark.parametrize("role", ["aggregator", "auditor", "notary"])
+def test_a_role_that_stays_away_stops_the_run_which_goes_on_when_it_is_back(tmp_path: Path, role: str, kind: type) -> None:
+    plan = settings(rule=MULTI_KRUM, rounds=2)
+    with pytest.raises(RoundFailed, match=role):
+        consortium.run(plan, tmp_path, {role: failing(kind)})
+    assert digest(consortium.run(plan, tmp_path)[1]) == digest(consortium.run(plan, tmp_path / "whole")[1])
+
+
+@pytest.mark.parametrize("kind", ROLE_STEPS)
+def test_a_role_that_crashes_and_comes_back_changes_nothing(tmp_path: Path, kind: type) -> None:
+    plan = settings(rule=MULTI_KRUM)
+    whole = consortium.run(plan, tmp_path / "whole")[1]
+    folder = tmp_path / "again"
+
+    def restarting(handle: Handler) -> Handler:
+        current = [handle]
+
+        def answer(data: bytes) -> bytes:
+            if isinstance(wire.decode(data, object), kind):
+                current[0](data)  # answered, written down, and lost on the way
+                current[0] = consortium.role("notary", plan, folder)  # starts again from its folder
+            return current[0](data)
+
+        return answer
+
+    again = consortium.run(plan, folder, {"notary": restarting})[1]
+    assert digest(whole) == digest(again)
+
+
+def test_canary_rounds_test_the_roles_and_leave_the_model_as_it_was(tmp_path: Path) -> None:
+    plan = settings(security={**TRIGRAM, "canary_rate": 0.5, "exchanges": 12}, rounds=6)
+    reports, with_canaries = consortium.run(plan, tmp_path / "canary")
+    assert any("canary" in finding for r in reports for finding in r.audits.values()) or max(r.exchange for r in reports) > 5
+    plain = consortium.run(settings(rounds=6), tmp_path / "plain")[1]
+    assert with_canaries is not None and plain is not None
+    for name, tensor in plain.weights.items():
+        np.testing.assert_array_equal(with_canaries.weights[name], tensor)
+
+
+# --- what a plan permits ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("plan", "why"),
+    [
+        ({"security": {"mode": "masking"}, "rule": MULTI_KRUM}, "only the sum is opened"),
+        ({"security": {"mode": "ckks"}, "rule": MULTI_KRUM}, "only the sum is opened"),
+        ({"rule": {"name": "trimmed_mean", "hostile": 1}}, "every coordinate"),
+        ({"rule": {"name": "multi_krum", "hostile": 2}, "quorum": 6}, "2 ?f|hostile"),
+        ({"rule": {"name": "mean", "hostile": 1}}, "hostile"),
+        ({"algorithm": "scaffold", "local": {"optimizer": "sgd"}}, "second vector"),
+        ({"quorum": 3}, "is not opened"),
+        ({"privacy": {"unit": "site"}}, "clip"),
+        ({"privacy": {"unit": "record"}, "ensemble": 2}, "ensemble"),
+        ({"contribution": {"method": "gram"}}, "64-bit"),
+        ({"compression": SKETCH, "server": {"name": "adam"}}, "downlink"),
+    ],
+)
+def test_a_plan_refuses_what_does_not_go_together_and_names_the_way_out(plan: dict[str, Any], why: str) -> None:
+    with pytest.raises(PlanRefused, match=why) as error:
+        Plan.of(settings(**plan))
+    assert error.value.fix
+
+
+def test_four_sites_are_too_few_to_hide_in_a_sum() -> None:
+    with pytest.raises(PlanRefused, match="read each other"):
+        Plan.of(consortium.config(security=TRIGRAM, quorum=4))
+
+
+def test_only_the_parties_asked_can_answer(tmp_path: Path) -> None:
+    """A role answers no training question, a site no role's."""
+    plan = settings()
+    site, auditor = consortium.worker("ash", plan, tmp_path), consortium.role("auditor", plan, tmp_path)
+    header = HeaderRequest(Plan.of(plan).sha256, None)  # type: ignore[arg-type]
+    with pytest.raises(FedmatError):
+        site.handle(wire.encode(header))
+    with pytest.raises(FedmatError):
+        auditor(wire.encode(AttestRequest(Plan.of(plan).sha256)))
+    with pytest.raises(FedmatError):
+        auditor(b"nonsense")
+    assert AuditVote and EvaluateRequest
+
+
+def test_ckks_rounds_give_the_mean_and_survive_a_lost_site(tmp_path: Path) -> None:
+    plan = settings(security={"mode": "ckks", "clip": 5.0}, rounds=2)
+    clear = consortium.run(settings(security={"mode": "none"}, rounds=2), tmp_path / "clear")[1]
+    reports, sealed = consortium.run(plan, tmp_path / "sealed")
+    assert clear is not None and sealed is not None
+    for name, tensor in clear.weights.items():
+        np.testing.assert_allclose(sealed.weights[name], tensor, atol=5e-3)
+    assert all(r.protection == "ckks" and "auditor" in r.role_bytes for r in reports)
+    lost, _ = consortium.run(plan, tmp_path / "lost", {"ash": failing(TrainRequest)})
+    assert all("ash" not in r.shares and len(r.shares) == 6 for r in lost)
