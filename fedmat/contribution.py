@@ -226,7 +226,8 @@ def gram_shapley_of_owners(
     mix = np.zeros((len(owners), len(b)))
     for row, group, total in zip(mix, owners, joint, strict=True):
         row[list(group)] = w[list(group)] / total
-    players = gram_shapley(mix @ g @ mix.T, mix @ b, joint, rows=rows)
+    mixed = mix @ g @ mix.T
+    players = gram_shapley(0.5 * (mixed + mixed.T), mix @ b, joint, rows=rows)
     return np.asarray(players @ mix, dtype=np.float64)
 
 

@@ -21,8 +21,8 @@ import numpy as np
 
 from fedmat import attacks, keys
 from fedmat.config import PlanSettings
-from fedmat.domain import Array, GlobalModel, RoundReport, TrainRequest
-from fedmat.envelopes import ROLES, Header
+from fedmat.domain import Array, GlobalModel, Prepared, RoundReport, TrainRequest
+from fedmat.envelopes import ROLES, Header, Submission
 from fedmat.features.table import TEST, FeatureTable, concatenate
 from fedmat.federation import role, rounds
 from fedmat.federation.coordinator import Coordinator
@@ -32,6 +32,8 @@ from fedmat.federation.plan import Plan
 from fedmat.federation.site import SiteWorker
 from fedmat.models.network import Architecture
 from fedmat.seeds import stream
+from fedmat.transport.trigram import messages
+from fedmat.transport.trigram.ring import Ring, blob
 from fedmat.weights import Vector, Weights
 
 NONE = "none"
@@ -125,9 +127,18 @@ class HostileWorker(SiteWorker):
 class WrappingSealing(Sealing):
     """Seals a vector that only looks short because its square wraps around in the ring."""
 
-    def words(self, header: Header, numbers: Vector) -> Any:
-        """See :class:`Sealing`."""
-        return attacks.modular_wrap(super().words(header, numbers), header.bits)
+    def _protected(self, request: TrainRequest, header: Header, found: Prepared, words: Any) -> Any:
+        honest = super()._protected(request, header, found, words)
+        ring, digest = Ring(header.bits), messages.header_digest(header)
+        # A masked update is the update minus two pads: what is added to one is added to the other.
+        masked = ring.unpack(honest.masked, header.length, "own update").copy()
+        masked[0] -= words[0]
+        masked[0:1] += ring.dtype.type(1 << (header.bits // 2))
+        sent = messages.Envelope.parse(honest.envelope.tobytes(), self._id.charter.seal_overhead)
+        body = blob(masked)
+        unsigned = dataclasses.replace(sent, payload=messages.sha256(body))
+        signature = self._id.keys.sign(unsigned.signed(digest, self._site))
+        return Submission(self._site, body, blob(dataclasses.replace(unsigned, signature=signature).packed()))
 
 
 def run(

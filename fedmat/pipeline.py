@@ -251,7 +251,8 @@ def read_charter(run: Run) -> Charter | None:
             fix="make one with fedmat keys charter and name it under charter:",
         )
     organisations = {m.site: m.organisation for m in config.members}
-    return keys.rehearsal(config.name, run.sites, organisations, lambda name: run.party_folder(name) / KEYS)
+    today = datetime.now(UTC).date()  # counts on the first day only, when the keys are made
+    return keys.rehearsal(config.name, run.sites, organisations, lambda name: run.party_folder(name) / KEYS, today)
 
 
 def site_identity(run: Run, site: str) -> Identity | None:

@@ -125,7 +125,8 @@ class Sealing:
 
     def seal(self, request: TrainRequest, found: Prepared) -> Sealed:
         """Returns the sealed update; it is on disk before it is returned."""
-        header, mode = _header(request), self._plan.settings.security.mode
+        header = _header(request)
+        self._check(header)
         if header.length != len(found.numbers):
             raise ProtocolError(
                 "wrong_length", f"the header speaks of {header.length} numbers, the plan of {len(found.numbers)}"
@@ -133,17 +134,7 @@ class Sealing:
         files.write_atomic(self._path("prepared", header, header.round), wire.encode(found))
         canary = self._canary(header)
         words = trigram.canary_words(canary, header) if canary else self.words(header, found.numbers)
-        content: Any
-        if mode == "trigram":
-            content = trigram.submit(header, request.consents, self._id.charter, self._id.keys, words)
-        elif mode == "masking":
-            if request.masks is None:
-                raise ProtocolError("no_masks", "a request of a masked round brings no shares")
-            content = self._masking(lambda m: m.mask(header, request.masks.shares, words))
-        else:
-            content = ckks.submit(
-                header, self._id.charter, self._id.keys, self._context(header, request.context), found.numbers
-            )
+        content = self._protected(request, header, found, words)
         sealed = Sealed(self._site, content, found.train_loss, found.validation)
         kept = Answered(wire.digest(header), sealed, _blob(words.tobytes()), _blob(canary), _blob(b""))
         files.write_atomic(self._path("answered", header, header.exchange), wire.encode(kept))
@@ -154,9 +145,35 @@ class Sealing:
         """Returns the update as ring elements: clipped, scaled and rounded by chance, never longer than the ring permits."""
         return self._ring.encode(numbers, header.clip, self._rounding(header.round))
 
+    def _protected(self, request: TrainRequest, header: Header, found: Prepared, words: Any) -> Any:
+        """Returns the update in the form that may leave: a submission to the roles, masked words or ciphertexts."""
+        mode = self._plan.settings.security.mode
+        if mode == "trigram":
+            return trigram.submit(header, request.consents, self._id.charter, self._id.keys, words)
+        if mode == "masking":
+            masks = request.masks
+            if masks is None:
+                raise ProtocolError("no_masks", "a request of a masked round brings no shares")
+            return self._masking(lambda m: m.mask(header, masks.shares, words))
+        return ckks.submit(header, self._id.charter, self._id.keys, self._context(header, request.context), found.numbers)
+
+    def _check(self, header: Header) -> None:
+        """Refuses a header that asks for less protection than this site's own copy of the plan.
+
+        Raises:
+            ProtocolError: wrong_plan.
+        """
+        s = self._plan.settings
+        mine = (self._plan.sha256, s.rule.hostile, s.security.ring_bits, rounds.minimum(self._plan))
+        if (header.plan_sha256, header.hostile, header.bits, header.minimum) != mine or not set(header.weights) <= set(
+            self._plan.roster
+        ):
+            raise ProtocolError("wrong_plan", f"site {self._site}: the header is not one of the plan this site agreed to")
+
     def masks(self, request: Any) -> Any:
         """Returns the answer to one of the messages around a masked round; what it depends on is on disk before that."""
         r = request
+        self._check(r.header)
         if isinstance(r, MaskKeysRequest):
             return self._masking(lambda m: m.keys_for(r.header))
         if isinstance(r, MaskSharesRequest):

@@ -218,6 +218,11 @@ def _refuse_protection(plan: Plan) -> None:
             f"plan.security.mode {mode} and plan.rule.name {rule.name}: under {mode} only the sum is opened, no update can be judged",
             fix="use security.mode: trigram, or rule.name: mean (which withstands no hostile site)",
         )
+    if mode == "masking" and not n + rule.hostile < 2 * math.ceil(s.security.threshold * n):
+        raise PlanRefused(
+            f"plan.security.threshold {s.security.threshold} of {n} sites: a lying coordinator could tell two halves different things",
+            fix="raise plan.security.threshold above one half",
+        )
     if mode == "trigram" and rule.name in robust.CLEAR_ONLY:
         raise PlanRefused(
             f"plan.security.mode trigram and plan.rule.name {rule.name}: it needs every coordinate of every update",

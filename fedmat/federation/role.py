@@ -8,7 +8,8 @@ A role started again reads its log and is where it was: a role's replies follow 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ import numpy as np
 
 from fedmat import files, wire
 from fedmat.aggregation import robust
-from fedmat.envelopes import Decrypted, DecryptRequest, Deposit, KeyHolderContext, KeyHolderRequest
+from fedmat.envelopes import Decrypted, DecryptRequest, Deposit, Header, HeaderRequest, KeyHolderContext, KeyHolderRequest
 from fedmat.errors import ProtocolError, StateError, WireError
 from fedmat.federation.plan import Plan
 from fedmat.keys import Charter, PartyKeys
 from fedmat.transport.ckks import KeyHolder
-from fedmat.transport.trigram.roles import Role
+from fedmat.transport.trigram.roles import Memory, Role
 
-_LOG = "log"
+_HISTORY = "history.json"
 
 
 class RoleWorker:
@@ -36,9 +37,13 @@ class RoleWorker:
 
     def __init__(self, name: str, plan: Plan, keys: PartyKeys, charter: Charter, folder: Path) -> None:
         self.name, self.plan = name, plan
-        self._log = folder / _LOG / plan.sha256[:16]
-        self._role = Role(name, keys, charter, select(plan), plan.sha256)  # type: ignore[arg-type]
+        self._folder = folder / "rounds" / plan.sha256[:16]
         self._answered: dict[str, bytes] = {}
+        kept = self._folder / _HISTORY
+        known = files.read_json(kept) if kept.exists() else {"log": 0, "runs": {}}
+        self._log = int(known["log"])
+        runs = {run: _remembered(entry) for run, entry in known["runs"].items()}
+        self._role = Role(name, keys, charter, select(plan), plan.sha256, runs)  # type: ignore[arg-type]
         self._replay()
 
     def handle(self, data: bytes) -> bytes:
@@ -50,31 +55,61 @@ class RoleWorker:
         digest = files.sha256(data)
         if digest in self._answered:
             return self._answered[digest]
-        reply = wire.encode(self._role.handle(_decode(data)))
+        request = _decode(data)
+        before = self._role.memory
+        reply = wire.encode(self._role.handle(request))
+        if isinstance(request, HeaderRequest):
+            self._turn_over(before)
         self._append(data, reply)
         self._answered[digest] = reply
         return reply
 
+    def _turn_over(self, memory: Mapping[str, Memory]) -> None:
+        """Begins a new log with a new exchange; seeds and updates of the last one are destroyed with the old log."""
+        self._log += 1
+        runs = {run: _noted(known) for run, known in memory.items()}
+        files.write_json(self._folder / _HISTORY, {"log": self._log, "runs": runs})
+        for old in self._folder.glob("log-*"):
+            if old != self._entries():
+                shutil.rmtree(old)
+        self._answered.clear()
+
+    def _entries(self) -> Path:
+        return self._folder / f"log-{self._log:06d}"
+
     def _append(self, request: bytes, reply: bytes) -> None:
-        entries = sorted(self._log.glob("*.entry"))
-        number = int(entries[-1].stem) + 1 if entries else 0
-        files.write_atomic(self._log / f"{number:08d}.entry", len(request).to_bytes(8, "big") + request + reply)
+        number = len(list(self._entries().glob("*.entry")))
+        entry = len(request).to_bytes(8, "big") + request + reply
+        files.write_atomic(self._entries() / f"{number:04d}.entry", entry, private=True)
 
     def _replay(self) -> None:
-        for path in sorted(self._log.glob("*.entry")):
+        for path in sorted(self._entries().glob("*.entry")):
             data = path.read_bytes()
             size = int.from_bytes(data[:8], "big")
             request, stored = data[8 : 8 + size], data[8 + size :]
             try:
                 reply = wire.encode(self._role.handle(_decode(request)))
+                kept = wire.decode(stored, object)
             except (ProtocolError, WireError) as error:
                 raise StateError(
                     f"{path}: damaged ({error.what})", fix="restore the role's folder; never start it empty"
                 ) from None
-            kept = wire.decode(stored, object)
             if reply != stored and not isinstance(kept, Deposit):  # sealing is randomised: a deposit's seal alone differs
                 raise StateError(f"{path}: the role no longer answers as it did", fix="restore the role's folder and keys")
             self._answered[files.sha256(request)] = stored
+
+
+def _noted(m: Memory) -> dict[str, Any]:
+    header = "" if m.header is None else wire.encode(m.header).hex()
+    rest = {"exchange": m.exchange, "today": m.today, "rounds": m.rounds, "sites": m.sites, "weights": m.weights}
+    return rest | {"header": header, "gram": [[str(v) for v in row] for row in m.gram]}
+
+
+def _remembered(entry: Mapping[str, Any]) -> Memory:
+    header = wire.decode(bytes.fromhex(entry["header"]), Header) if entry["header"] else None
+    gram = tuple(tuple(int(v) for v in row) for row in entry["gram"])
+    rounds, sites, weights = (tuple(entry[k]) for k in ("rounds", "sites", "weights"))
+    return Memory(entry["exchange"], entry["today"], rounds, header, sites, weights, gram)
 
 
 class KeyHolderWorker:

@@ -51,6 +51,7 @@ from fedmat.weights import Vector, Weights
 COMPRESSED = "compressed"  # the one tensor of a compressed update
 SILENT = "silent"  # a site that did not say what it found
 _ROUND_OPENED = "round_opened"  # a role's reason where a sum of the round was opened before
+_AWAY = ("crashed", "late", "unreachable")  # how an answer begins of a party that may be back later
 KEPT_STEPS = 5  # a site that missed more rounds gets the whole model
 
 
@@ -438,7 +439,7 @@ class Trigram(Encrypted):
                 submissions = {s: m.content for s, m in sealed.items() if isinstance(m.content, Submission)}
                 combined = exchange.combine(header, submissions)
             except ExchangeFailed as error:
-                if error.reason == "role_failed" and not error.detail.startswith("refused"):
+                if error.reason == "role_failed" and error.detail.startswith(_AWAY):
                     raise RoundFailed(  # it may come back: answers so far are kept, and nothing is asked for twice
                         f"round {asking.number + 1}: {error.what}",
                         fix=f"start the {error.role} again, then run again: it goes on",

@@ -156,7 +156,7 @@ def train(
     net.train()
     if architecture.spec.dropout:
         torch.manual_seed(int(rng.integers(2**62)))  # dropout is torch's own draw: tie it to this call's stream
-    factored = _Factored(net, basis) if basis else None
+    factored = _Factored(net, basis, unit=local.optimizer == "sgd") if basis else None
     named = factored.named if factored else list(net.named_parameters())
     parameters = [p for _, p in named]
     anchor = [p.detach().clone() for p in parameters] if local.mu > 0 else []
@@ -205,16 +205,23 @@ def train(
 
 
 class _Factored:
-    """A network some of whose tensors are ``start + A B``: ``A`` given, ``B`` learned from zero."""
+    """A network some of whose tensors are ``start + A B``: ``A`` given, ``B`` learned from zero.
 
-    def __init__(self, net: nn.Module, basis: Mapping[str, NDArray[np.float32]]) -> None:
+    Args:
+        unit: take A's columns at length one. Adam's steps have the size of its learning rate whatever the gradient's, so there a
+            longer column is a longer step; under SGD the step of W is ``A A'`` times the gradient, and any length but one would
+            change the learning rate by its square.
+    """
+
+    def __init__(self, net: nn.Module, basis: Mapping[str, NDArray[np.float32]], *, unit: bool) -> None:
         found = dict(net.named_parameters())
         for name, a in basis.items():
             if name not in found or found[name].dim() < 2 or a.ndim != 2 or a.shape[0] != found[name].shape[-2]:
                 raise ValueError(f"the basis of '{name}' fits no tensor of the network: it needs shape n_in x r")
         self._net = net
         self._start = {name: found[name].detach().clone() for name in basis}
-        self._a = {name: torch.from_numpy(np.array(a)).to(network.DEVICE) for name, a in basis.items()}
+        scaled = {name: a / np.linalg.norm(a, axis=0) if unit else np.array(a) for name, a in basis.items()}
+        self._a = {name: torch.from_numpy(a).to(network.DEVICE) for name, a in scaled.items()}
         self._b = {
             name: nn.Parameter(torch.zeros(*p.shape[:-2], self._a[name].shape[1], p.shape[-1], device=network.DEVICE))
             for name, p in self._start.items()

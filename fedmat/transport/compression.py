@@ -41,7 +41,7 @@ from fedmat.seeds import derive
 from fedmat.weights import Vector
 
 SMALL = 16  # a tensor with fewer rows is sent whole; also keeps the member axis (at most 10) from being taken for rows
-GAIN = 1.0  # size of a number of the public factor a site trains behind; docs/compression.md says how it was chosen
+GAIN = 2.0  # size of a number of the public factor a site trains behind; docs/compression.md says how it was chosen
 
 NOT_OFFERED = {
     "top_k": (

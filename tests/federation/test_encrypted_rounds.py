@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fedmat.envelopes import (
     HeaderRequest,
     MaskKeysRequest,
     MaskSharesRequest,
+    Opening,
     OpenRequest,
     ShareRequest,
     UnmaskRequest,
@@ -169,14 +171,43 @@ def test_a_hostile_update_is_left_out_with_a_reason_its_owner_can_read(tmp_path:
     assert all("gorse" in r.excluded for r in found.reports)
 
 
-def test_a_wrapped_update_voids_its_round_names_its_owner_and_changes_nothing(tmp_path: Path) -> None:
+def test_an_update_that_wraps_around_the_ring_never_counts(tmp_path: Path) -> None:
     from fedmat.hostile import run
 
     tables = {s: consortium.table(s) for s in consortium.SEVEN}
     found = run(Plan.of(settings(rounds=2)), tables, tmp_path, attack="modular_wrap", hostile=("gorse",))
-    first = found.reports[0]
-    assert [r.site for r in first.rejections if r.reason == "wrapped"] == ["gorse"]
-    assert first.shares == {} and first.accepted == ()
+    for report in found.reports:
+        assert "malformed" in report.excluded["gorse"] and "gorse" not in report.shares
+
+
+def test_a_round_whose_opening_was_tampered_with_is_given_up_and_its_updates_are_never_sent_again(tmp_path: Path) -> None:
+    sent: list[tuple[int, str]] = []
+
+    def tampering(handle: Handler) -> Handler:
+        def answer(data: bytes) -> bytes:
+            reply = handle(data)
+            message = wire.decode(reply, object)
+            if isinstance(message, Opening) and wire.decode(data, OpenRequest).header.round == 0:
+                part = np.array(message.part)
+                part[0] ^= 1
+                return wire.encode(dataclasses.replace(message, part=part))
+            return reply
+
+        return answer
+
+    def counting(handle: Handler) -> Handler:
+        def answer(data: bytes) -> bytes:
+            message = wire.decode(data, object)
+            if isinstance(message, TrainRequest):
+                sent.append((message.round, message.model_sha256))
+            return handle(data)
+
+        return answer
+
+    reports, model = consortium.run(settings(), tmp_path, {"auditor": tampering, "ash": counting})
+    assert reports[0].shares == {} and "given up" in reports[0].dropouts[0].detail
+    assert [number for number, _ in sent] == [0, 1, 2] and sent[0][1] == sent[1][1]
+    assert len(reports[1].shares) == 7 and model is not None
 
 
 # --- who is missing ----------------------------------------------------------------------------------------------------
@@ -261,7 +292,7 @@ def test_canary_rounds_test_the_roles_and_leave_the_model_as_it_was(tmp_path: Pa
         ({"rule": {"name": "mean", "hostile": 1}}, "hostile"),
         ({"algorithm": "scaffold", "local": {"optimizer": "sgd"}}, "second vector"),
         ({"quorum": 3}, "is not opened"),
-        ({"privacy": {"unit": "site"}}, "clip"),
+        ({"privacy": {"unit": "site"}}, "noise"),
         ({"privacy": {"unit": "record"}, "ensemble": 2}, "ensemble"),
         ({"contribution": {"method": "gram"}}, "64-bit"),
         ({"compression": SKETCH, "server": {"name": "adam"}}, "downlink"),

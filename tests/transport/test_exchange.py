@@ -30,6 +30,7 @@ from fedmat.envelopes import (
     Share,
     ShareRequest,
 )
+from fedmat.errors import ProtocolError
 from fedmat.transport.trigram import messages, shares, site
 from fedmat.transport.trigram.exchange import Exchange, ExchangeFailed, _seen_by
 from fedmat.transport.trigram.ring import Ring, blob, dot
@@ -406,7 +407,12 @@ def test_a_role_that_commits_itself_twice_gets_nothing_opened() -> None:
     rig.request = equivocate
     with pytest.raises(ExchangeFailed, match="bad_signature") as caught:
         rig.run()
-    assert (caught.value.step, caught.value.opened) == ("open", False)
+    assert (caught.value.step, caught.value.opened) == ("share", False)
+    # A courier in league with the notary would go on; the honest roles would not, they signed different conversations.
+    given = tuple(rig.replies[r][-1] for r in ROLES)
+    for role in ("aggregator", "auditor"):
+        with pytest.raises(ProtocolError, match="bad_signature"):
+            rig.roles[role].handle(OpenRequest(PLAN, rig.header, given))
 
 
 def test_a_share_that_was_not_committed_to_is_refused() -> None:

@@ -126,7 +126,7 @@ class Exchange:
     """Carries one exchange after another.
 
     Args:
-        charter: to tell whether a vote is its site's.
+        charter: to tell whether a reply or a vote is its sender's.
         send: party -> request, at once to all; gives party -> reply, or a Dropout.
     """
 
@@ -143,7 +143,7 @@ class Exchange:
             ExchangeFailed: role_failed.
         """
         request = HeaderRequest(header.plan_sha256, header, tuple(canaries))
-        replies = self._ask(dict.fromkeys(ROLES, request), HeaderSignature, opened=False)
+        replies = self._ask(header, dict.fromkeys(ROLES, request), HeaderSignature, messages.header_digest(header))
         return tuple(replies[r] for r in ROLES)
 
     def combine(self, header: Header, submissions: Mapping[str, Submission], public_map: PublicMap | None = None) -> Combined:
@@ -157,32 +157,34 @@ class Exchange:
         sent = tuple(submissions[s] for s in sorted(submissions) if s not in refused)
         light = tuple(replace(s, masked=no_bytes()) for s in sent)
         requests: dict[RoleName, Any] = {r: DepositRequest(plan, header, light if r == "notary" else sent) for r in ROLES}
-        deposits = self._ask(requests, Deposit, opened=False)
-        held = self._held(deposits, refused, [s.site for s in sent])
+        deposits = self._ask(header, requests, Deposit, digest)
+        envelopes = self._held(deposits, refused, [s.site for s in sent])
+        held, binding = tuple(envelopes), messages.held_digest(digest, envelopes, header.map_sha256)
         asked: Any = CommitRequest(plan, header, _in_order(deposits), public_map)
-        commitments = self._ask(dict.fromkeys(ROLES, asked), Commitment, opened=False)
+        commitments = self._ask(header, dict.fromkeys(ROLES, asked), Commitment, binding)
+        binding = messages.committed_digest(binding, commitments)
         asked = ShareRequest(plan, header, _in_order(commitments))
-        given = self._ask(dict.fromkeys(ROLES, asked), Share, opened=False)
+        given = self._ask(header, dict.fromkeys(ROLES, asked), Share, binding)
         columns = public_map.columns if public_map else 0
         try:
             values, coin = open_values(ring, held, given, columns)
         except ProtocolError as error:
             raise ExchangeFailed("roles_disagree", "the shares do not fit together", step="share", detail=error.what) from None
         asked = OpenRequest(plan, header, _in_order(given))
-        openings = self._ask(dict.fromkeys(ROLES, asked), Opening, opened=False)
+        openings = self._ask(header, dict.fromkeys(ROLES, asked), Opening, binding)
         first = openings["aggregator"]
         if any((o.sites, o.weights, o.excluded) != (first.sites, first.weights, first.excluded) for o in openings.values()):
             raise ExchangeFailed("roles_disagree", "the roles chose other weights", step="open", opened=True)
         if not set(first.sites) <= set(held) or len(first.sites) != len(first.weights):
             raise ExchangeFailed("roles_disagree", "the roles summed other sites than they hold", step="open", opened=True)
-        confirmations = self._ask(
-            {r: ConfirmRequest(plan, header, _seen_by(r, openings)) for r in ROLES}, Confirmation, opened=True
-        )
+        result = messages.confirmation_binding(digest, first.sites, first.weights)
+        asked_last = {r: ConfirmRequest(plan, header, _seen_by(r, openings)) for r in ROLES}
+        confirmations = self._ask(header, asked_last, Confirmation, result, opened=True)
         by_site = dict(zip(first.sites, first.weights, strict=True))
         rows = shares.own_rows(values, by_site, first.excluded, coin)
         leaves = b"".join(row.leaf(digest) for row in rows)
         total = self._total(ring, header, openings)
-        self._check(header, confirmations, openings, by_site, messages.sha256(total).hex(), leaves)
+        self._check(header, confirmations, by_site, messages.sha256(total).hex(), leaves, binding)
         kept = values.of(first.sites)
         return Combined(
             sites=first.sites,
@@ -233,39 +235,43 @@ class Exchange:
 
     # --- within ---------------------------------------------------------------------------------------------------
 
-    def _ask(self, requests: Mapping[RoleName, Any], kind: type[R], opened: bool) -> dict[RoleName, R]:
+    def _ask(
+        self, header: Header, requests: Mapping[RoleName, Any], kind: type[R], binding: bytes, opened: bool = False
+    ) -> dict[RoleName, R]:
+        """Returns the roles' replies; signatures are checked here too, so that the one at fault is named and no other."""
         step = _STEP[kind]
         replies = self._send({str(r): q for r, q in requests.items()})
         answers: dict[RoleName, R] = {}
         for role in requests:
             reply = replies.get(role)
-            if isinstance(reply, kind) and getattr(reply, "role", role) == role:
-                answers[role] = reply
-                continue
+            detail = "no answer of the right kind"
+            if isinstance(reply, kind) and getattr(reply, "role", None) == role:
+                try:
+                    messages.verify(self._charter, reply, role, binding, header.today)
+                    answers[role] = reply
+                    continue
+                except ProtocolError as error:
+                    detail = error.what
+            elif isinstance(reply, Dropout):
+                detail = f"{reply.reason}: {reply.detail}"
             # A role that refused opened nothing; one that is silent may have, and asked the same again it says the same.
-            opened = opened or (
-                step == "open"
-                and any(
-                    isinstance(r, Opening) or not (isinstance(r, Dropout) and r.reason == "refused") for r in replies.values()
-                )
-            )
-            detail = f"{reply.reason}: {reply.detail}" if isinstance(reply, Dropout) else "no answer of the right kind"
+            silent = any(not (isinstance(r, Dropout) and r.reason == "refused") for r in replies.values())
             raise ExchangeFailed(
                 "role_failed",
                 f"the {role} did not answer {step} ({detail})",
                 role=role,
                 step=step,
                 detail=detail,
-                opened=opened,
+                opened=opened or (step == "open" and silent),
             )
         return answers
 
-    def _held(self, deposits: Mapping[RoleName, Deposit], refused: dict[str, str], sent: Sequence[str]) -> tuple[str, ...]:
+    def _held(self, deposits: Mapping[RoleName, Deposit], refused: dict[str, str], sent: Sequence[str]) -> dict[str, bytes]:
         for role in ROLES:
             for site, why in deposits[role].refused.items():
                 refused.setdefault(site, f"{role}: {why}")
         try:
-            held = tuple(agreed(deposits))
+            held = agreed(deposits)
         except ProtocolError as error:
             raise ExchangeFailed(
                 "roles_disagree", "the deposits do not fit together", step="deposit", detail=error.what
@@ -286,14 +292,14 @@ class Exchange:
         self,
         header: Header,
         confirmations: Mapping[RoleName, Confirmation],
-        openings: Mapping[RoleName, Opening],
         by_site: Mapping[str, int],
         total: str,
         leaves: bytes,
+        binding: bytes,
     ) -> None:
         """Raises unless all roles confirm this sum; where it wrapped, finds out whose update did it."""
         if all(is_wrapped(confirmations[r].trouble) for r in ("aggregator", "auditor")):
-            self._blame(header, confirmations, by_site)
+            self._blame(header, confirmations, by_site, binding)
         troubles = {r: confirmations[r].trouble for r in ROLES if confirmations[r].trouble}
         if troubles:
             detail = "; ".join(f"{r}: {t}" for r, t in troubles.items())
@@ -302,9 +308,11 @@ class Exchange:
         if signed != {total} or any(c.rows.tobytes() != leaves for c in confirmations.values()):
             raise ExchangeFailed("roles_disagree", "the roles confirmed something else", step="confirm", opened=True)
 
-    def _blame(self, header: Header, confirmations: Mapping[RoleName, Confirmation], by_site: Mapping[str, int]) -> None:
+    def _blame(
+        self, header: Header, confirmations: Mapping[RoleName, Confirmation], by_site: Mapping[str, int], binding: bytes
+    ) -> None:
         request = BlameRequest(header.plan_sha256, header, _in_order(confirmations))
-        given = self._ask(dict.fromkeys(ROLES, request), Projections, opened=True)
+        given = self._ask(header, dict.fromkeys(ROLES, request), Projections, binding, opened=True)
         ring, selected = Ring(header.bits), [s for s, w in by_site.items() if w]
         try:
             found = joined_projections(ring, header.length, len(selected), given)
