@@ -122,7 +122,17 @@ def trust(
         return
     console.show_rows(
         "ten members, two hostile",
-        ("consortium", "rule", "attack", "error", "to clean", "to clean mean", "hostile weight", "honest left out"),
+        (
+            "consortium",
+            "rule",
+            "attack",
+            "error",
+            "to clean",
+            "to absent",
+            "to clean mean",
+            "hostile weight",
+            "honest left out",
+        ),
         trust_bench.attack_rows(result),
     )
     console.show_rows(

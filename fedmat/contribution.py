@@ -39,7 +39,7 @@ from fedmat.weights import Vector
 
 Matrix = NDArray[np.float64]
 
-MOST_EXACT = 20  # sites: 2^20 coalitions take about 0.3 s
+MOST_EXACT = 20  # sites: 2^20 coalitions take about 0.1 s
 MOST_RETRAINED = 14  # sites: 2^14 solutions of a linear system
 _AT_A_TIME = 1 << 22  # numbers of coalitions' moments held at once
 _MOVES = 0.01  # of the median norm: below, an update does not move the model

@@ -23,6 +23,7 @@ from fedmat import attacks, keys
 from fedmat.config import PlanSettings
 from fedmat.domain import Array, GlobalModel, Prepared, RoundReport, TrainRequest
 from fedmat.envelopes import ROLES, Header, Submission
+from fedmat.errors import SiteRefused
 from fedmat.features.table import TEST, FeatureTable, concatenate
 from fedmat.federation import role, rounds
 from fedmat.federation.coordinator import Coordinator
@@ -36,7 +37,7 @@ from fedmat.transport.trigram import messages
 from fedmat.transport.trigram.ring import Ring, blob
 from fedmat.weights import Vector, Weights
 
-NONE = "none"
+NONE, ABSENT = "none", "absent"
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ class HostileWorker(SiteWorker):
 
     def _numbers(self, request: TrainRequest, held: GlobalModel, delta: Weights) -> Vector:
         numbers = super()._numbers(request, held, delta)
+        if self._attack == ABSENT:
+            raise SiteRefused("stays away")
         if attacks.ATTACKS[self._attack].kind != "update":
             return numbers
         seen = self._minds.honest[request.round]

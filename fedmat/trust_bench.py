@@ -22,7 +22,8 @@ from fedmat.federation.plan import Plan
 
 SCHEMA = "fedmat/trust/1"
 MEMBERS, HOSTILE = 10, 2
-ATTACKS = ("none", "sign_flip", "scaling", "label_flip", "alie", "ipm", "mimic", "free_ride")
+ABSENT = "absent"  # the hostile members stay away: what is left to learn from the honest ones
+ATTACKS = ("none", ABSENT, "sign_flip", "scaling", "label_flip", "alie", "ipm", "mimic", "free_ride")
 RULES = ("mean", "multi_krum", "geometric_median", "trimmed_mean", "veto_multi_krum")
 DEFAULT_RULE = "veto_multi_krum"
 WITHIN = 1.05  # of the clean run's error
@@ -63,7 +64,7 @@ def attack_plan(plan: Plan, rule: str, *, hostile: int = HOSTILE) -> Plan:
     from fedmat.hostile import vary
 
     return vary(
-        plan, deduplicate=False, ensemble=1, average_last=0, quorum=MEMBERS - 1,
+        plan, deduplicate=False, ensemble=1, average_last=0, quorum=MEMBERS - HOSTILE,
         rule={"name": rule, "hostile": hostile if rule != "mean" else 0},
     )  # fmt: skip
 
@@ -160,7 +161,8 @@ def summary(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             out["small"].append(row)
         else:
             row |= _ratio(runs, by.get((case, arm, "none"), {}), seeds)
-            row["against_clean_mean"] = _ratio(runs, by.get((case, "mean", "none"), {}), seeds).get("ratio")
+            row["to_absent"] = _ratio(runs, by.get((case, arm, ABSENT), {}), seeds)
+            row["to_clean_mean"] = _ratio(runs, by.get((case, "mean", "none"), {}), seeds)
             out["attacks"].append(row)
     return out
 
@@ -207,8 +209,8 @@ def load(out: Path) -> list[dict[str, Any]]:
 def attack_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Returns the table of attacks for people."""
     return [
-        (r["case"], r["arm"], r["attack"], f"{r['mae']:.4g}", _with_interval(r), _plain(r.get("against_clean_mean")),
-         f"{r['hostile_share']:.2f}", f"{r['wrongly_excluded']:.2f}")
+        (r["case"], r["arm"], r["attack"], f"{r['mae']:.4g}", _with_interval(r), _with_interval(r["to_absent"]),
+         _with_interval(r["to_clean_mean"]), f"{r['hostile_share']:.2f}", f"{r['wrongly_excluded']:.2f}")
         for r in result["attacks"]
     ]  # fmt: skip
 
@@ -228,7 +230,3 @@ def _with_interval(row: Mapping[str, Any]) -> str:
     if row.get("low") is None:
         return f"{row['ratio']:.3f}"
     return f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-
-
-def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -23,7 +23,6 @@ from fedmat.transport import compression
 
 MIN_SITES = 5  # fewer members read each other from an opened sum, whatever protects it on the way
 _A_SMALL_UPDATE = 5000  # numbers of an update, for the sum that shows why privacy of whole sites is refused
-LARGEST_WEIGHT = 4.0  # of one update in an opened sum, in mean weights
 
 
 @dataclass(frozen=True)
@@ -228,10 +227,10 @@ def _refuse_protection(plan: Plan) -> None:
             f"plan.security.mode trigram and plan.rule.name {rule.name}: it needs every coordinate of every update",
             fix=f"use one of {', '.join(sorted(robust.GRAM_RULES))}, which need inner products only",
         )
-    if mode != "none" and s.site_weights == "rows" and s.max_weight_share * least > LARGEST_WEIGHT:
+    if mode != "none" and s.site_weights == "rows" and s.max_weight_share * least > robust.MOST_OVER_MEAN:
         raise PlanRefused(
             f"plan.site_weights rows, plan.max_weight_share {s.max_weight_share} and a sum of {least} sites: one update could stand out",
-            fix=f"set plan.max_weight_share to at most {LARGEST_WEIGHT / least:.2f}",
+            fix=f"set plan.max_weight_share to at most {robust.MOST_OVER_MEAN / least:.2f}",
         )
     if s.algorithm == "scaffold" and (mode != "none" or s.compression.name != "none" or s.site_momentum or rule.name != "mean"):
         raise PlanRefused(
@@ -259,6 +258,7 @@ def _refuse_protection(plan: Plan) -> None:
     if s.privacy.unit == "record":
         for name, wrong, fix in (
             ("plan.ensemble", s.ensemble != 1, "use plan.ensemble: 1"),
+            ("plan.contribution", s.contribution.method != "none", "use contribution.method: none"),
             ("plan.algorithm", s.algorithm != "fedavg", "use plan.algorithm: fedavg"),
             ("plan.compression.name low_rank", s.compression.name == "low_rank", "use compression.name: hadamard"),
             ("plan.model.graph", plan.model.graph is not None, "use features without a graph"),

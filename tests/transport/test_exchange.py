@@ -62,7 +62,8 @@ def test_ten_sites_two_left_out(bits: int, kem: str) -> None:
     combined = rig.run()
     rig.holds(combined)
     assert sum(combined.weights) == 8 and len(combined.excluded) == 2
-    assert all(v.agrees for v in rig.exchange.audit(rig.header, combined).values())
+    votes: dict[str, Any] = rig.exchange.audit(rig.header, combined)
+    assert all(v.agrees for v in votes.values())
 
 
 @settings(max_examples=25, deadline=None)
@@ -135,10 +136,19 @@ def test_a_submission_in_another_sites_name_is_not_carried() -> None:
     rig.holds(combined)
 
 
+def recorder(into: list[Any], plainly: bool = False) -> Any:
+    def record(party: str, message: Any) -> Any:
+        into.append(message if plainly else wire.encode(message))
+        return message
+
+    return record
+
+
 def test_a_courier_that_plays_recorded_replies_asks_the_same_and_ends_the_same() -> None:
-    rig, asked = Rig(), []
+    rig = Rig()
+    asked: list[bytes] = []
     sent = rig.submissions()
-    rig.request = lambda party, m: (asked.append(wire.encode(m)), m)[1]
+    rig.request = recorder(asked)
     first = rig.exchange.combine(rig.header, sent)
     recorded = {r: list(rig.replies[r][1:]) for r in ROLES}
     again: list[bytes] = []
@@ -282,7 +292,7 @@ def test_a_role_that_censors_a_site_is_found_by_that_site(role: str, by: int, mo
     assert NAMES[2] in combined.excluded
     votes = rig.exchange.audit(rig.header, combined)
     assert {s: v.agrees for s, v in votes.items()} == {s: s != NAMES[2] for s in rig.names}  # type: ignore[union-attr]
-    assert votes[NAMES[2]].detail.startswith("wrong_square")  # type: ignore[union-attr]
+    assert votes[NAMES[2]].detail.startswith("wrong_square")
 
 
 def test_a_courier_that_shields_the_lie_from_the_site_is_found_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,6 +333,25 @@ def test_a_role_that_lies_in_its_part_or_its_checks_is_found_by_the_others(
     assert accused  # some honest role names the liar
 
 
+@pytest.mark.parametrize(("tag", "witness"), [("a", "aggregator"), ("b", "auditor")])
+def test_a_notary_that_lies_about_pads_is_named_by_the_role_that_holds_the_same(
+    tag: str, witness: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Holdings.sums
+
+    def sums(self: Holdings, weights: Any) -> Any:
+        made = honest(self, weights)
+        if self.role == "notary":
+            made[tag][0] += 1
+        return made
+
+    monkeypatch.setattr(Holdings, "sums", sums)
+    rig = Rig()
+    with pytest.raises(ExchangeFailed) as caught:
+        rig.run()
+    assert f"{witness}: wrong_check: the notary summed other pads" in caught.value.detail
+
+
 @pytest.mark.parametrize("role", ["aggregator", "auditor"])
 def test_a_role_that_lies_in_its_part_alone_is_found(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Role._part
@@ -350,7 +379,7 @@ def test_a_role_that_counts_sites_otherwise_is_found(role: str) -> None:
     # Each honest role says so itself, signed, where the courier would not: the sum is confirmed by nobody.
     rig = Rig()
     rig.roles[role]._select = leave_out(2)
-    openings: dict[str, Any] = {}
+    openings: dict[Any, Any] = {}
     rig.reply = lambda party, m: (openings.setdefault(party, m), m)[1] if isinstance(m, Opening) else m
     with pytest.raises(ExchangeFailed):
         rig.run()
@@ -463,9 +492,14 @@ def test_a_role_that_dies_is_named_with_its_step_and_no_sum_comes_out(role: str,
 
 
 def test_an_answer_of_the_wrong_kind_or_role_counts_as_none() -> None:
-    for wrong in (lambda m: Dropout("x", "late"), lambda m: replace(m, role="notary"), lambda m: 7):
+    wrongs: tuple[Any, ...] = (lambda m: Dropout("x", "late"), lambda m: replace(m, role="notary"), lambda m: 7)
+    for wrong in wrongs:
         rig = Rig()
-        rig.reply = lambda party, m, wrong=wrong: wrong(m) if party == "auditor" and isinstance(m, Commitment) else m
+
+        def reply(party: str, message: Any, wrong: Any = wrong) -> Any:
+            return wrong(message) if party == "auditor" and isinstance(message, Commitment) else message
+
+        rig.reply = reply
         with pytest.raises(ExchangeFailed) as caught:
             rig.run()
         assert (caught.value.role, caught.value.step) == ("auditor", "commit")
@@ -517,10 +551,22 @@ def test_a_site_agrees_to_the_whole_truth_only(change: Any, detail: str) -> None
     rig = Rig()
     combined = rig.run()
     request: list[AuditRequest] = []
-    rig.request = lambda party, m: (request.append(m), m)[1]
+    rig.request = recorder(request, plainly=True)
     rig.exchange.audit(rig.header, combined)
     vote = site.audit(change(request[0]), rig.charter, rig.keys[NAMES[0]], rig.words[NAMES[0]])
     assert (vote.agrees, vote.detail.split(":")[0]) == (not detail, detail)
+
+
+def test_a_site_does_not_agree_to_a_sum_that_a_role_found_trouble_with() -> None:
+    rig = Rig()
+    combined = rig.run()
+    digest = messages.header_digest(rig.header)
+    binding = messages.confirmation_binding(digest, combined.sites, combined.weights)
+    *rest, last = combined.confirmations
+    bad = replace(last, trouble="wrong_part: of somebody")
+    bad = replace(bad, signature=blob(rig.keys["notary"].sign(messages.signed_bytes(bad, binding))))
+    votes = rig.exchange.audit(rig.header, replace(combined, confirmations=(*rest, bad)))
+    assert {v.detail.split(":")[0] for v in votes.values()} == {"not_confirmed"}
 
 
 def test_votes_that_are_not_a_sites_own_do_not_count() -> None:
@@ -533,7 +579,7 @@ def test_votes_that_are_not_a_sites_own_do_not_count() -> None:
     }.get(party, m)
     votes = rig.exchange.audit(rig.header, combined)
     assert [type(votes[s]).__name__ for s in rig.names] == ["Dropout"] * 3 + ["AuditVote"] * 4
-    assert "bad_signature" in votes[NAMES[1]].detail  # type: ignore[union-attr]
+    assert "bad_signature" in votes[NAMES[1]].detail
 
 
 def test_confirmations_are_worth_keeping_without_any_other_message() -> None:

@@ -13,6 +13,7 @@ from fedmat import wire
 from fedmat.domain import Dropout
 from fedmat.envelopes import (
     ROLES,
+    AuditVote,
     BlameRequest,
     CommitRequest,
     ConfirmRequest,
@@ -127,7 +128,7 @@ def test_exchanges_and_dates_only_go_forward() -> None:
     rig.next(exchange=4)
     rig.roles["auditor"].handle(first_header(rig))
     for change in ({"exchange": 3}, {"round": 1}, {"exchange": 5, "today": "2026-11-23"}):
-        assert refused(rig, HeaderRequest(PLAN, replace(rig.header, **change))) == "replay"  # type: ignore[arg-type]
+        assert refused(rig, HeaderRequest(PLAN, replace(rig.header, **change))) == "replay"
     rig.roles["auditor"].handle(HeaderRequest(PLAN, replace(rig.header, exchange=5)))
     rig.roles["auditor"].handle(HeaderRequest(PLAN, replace(rig.header, exchange=0, run="another run")))
 
@@ -268,7 +269,7 @@ def test_the_same_request_gets_the_very_same_reply_at_any_time(role: str) -> Non
 @pytest.mark.parametrize("kind", REQUESTS[1:])
 def test_another_request_for_an_answered_step_is_refused(kind: type) -> None:
     rig = played()
-    request = next(r for r in rig.log["auditor"] if isinstance(r, kind))
+    request: Any = next(r for r in rig.log["auditor"] if isinstance(r, kind))
     field = {DepositRequest: "submissions", CommitRequest: "deposits", ShareRequest: "commitments", OpenRequest: "shares"}.get(
         kind, "openings"
     )
@@ -412,7 +413,7 @@ def test_a_part_given_out_marks_the_round_at_that_role_even_if_nobody_got_the_su
 
 def vote(rig: Rig, name: str, header: Header | None = None, **changes: Any) -> Any:
     digest = messages.header_digest(header or rig.header)
-    made = site.AuditVote(name, digest.hex(), True, "", blob(rig.seeds.get(name, bytes(32))))
+    made = AuditVote(name, digest.hex(), True, "", blob(rig.seeds.get(name, bytes(32))))
     made = replace(made, **changes)
     return replace(made, signature=blob(rig.keys[name].sign(messages.signed_bytes(made, digest))))
 

@@ -162,7 +162,7 @@ def test_bytes_of_any_kind_are_answered_or_refused_and_never_crash_a_role(data: 
     if how == "cut":
         raw = raw[: data.draw(st.integers(0, len(raw)))]
     try:
-        request = wire.decode(bytes(raw), Request)  # type: ignore[arg-type]
+        request: Any = wire.decode(bytes(raw), Request)  # type: ignore[arg-type]
         if how == "alter":
             request = altered(request, data.draw)
         reply = role.handle(request)
@@ -215,9 +215,15 @@ def test_a_site_answers_any_audit_with_a_vote_or_refuses_and_agrees_to_the_truth
 
 @cache
 def audit_request() -> tuple[Rig, AuditRequest]:
-    rig, asked = Rig(6, 1, 32, 16), []
+    rig = Rig(6, 1, 32, 16)
+    asked: list[AuditRequest] = []
     combined = rig.run()
-    rig.request = lambda party, m: (asked.append(m), m)[1]
+
+    def record(party: str, message: AuditRequest) -> AuditRequest:
+        asked.append(message)
+        return message
+
+    rig.request = record
     rig.exchange.audit(rig.header, combined)
     return rig, asked[0]
 

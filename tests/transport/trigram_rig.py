@@ -50,7 +50,7 @@ def fixed(weights: Sequence[int]) -> Callable[..., Chosen]:
 def charter_and_keys(n: int, kem: str = "x25519") -> tuple[keyring.Charter, dict[str, keyring.PartyKeys]]:
     keys = {name: keyring.PartyKeys.new(name, kem) for name in (*ROLES, *NAMES[:n])}  # type: ignore[arg-type]
     end = date(2030, 1, 1)
-    parties = [k.public(name if name in ROLES else "site", f"owner of {name}", end) for name, k in keys.items()]  # type: ignore[arg-type]
+    parties = [k.public(name if name in ROLES else "site", f"owner of {name}", end) for name, k in keys.items()]
     return keyring.charter("testers", kem, parties), keys  # type: ignore[arg-type]
 
 
@@ -75,7 +75,7 @@ class Rig:
         self.charter, self.keys = charter_and_keys(n, kem)
         self.select = select or leave_out(f)
         self.ring, self.names = Ring(bits), NAMES[:n]
-        self.roles = {r: self.new_role(r) for r in ROLES}
+        self.roles: dict[str, Role] = {r: self.new_role(r) for r in ROLES}
         self.log: dict[str, list[Any]] = {r: [] for r in ROLES}
         self.replies: dict[str, list[Any]] = {r: [] for r in ROLES}
         self.words: dict[str, Any] = {}
