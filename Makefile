@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format expectations bench docs ui clean
+.PHONY: help setup demo test test-slow check format expectations bench bench-trust docs ui clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,11 @@ expectations: $(STAMP) ## regenerate expectations/ from the data contract
 
 bench: $(STAMP) ## measure overheads; prints one JSON object per benchmark
 	@for b in $(basename $(notdir $(wildcard benchmarks/[a-z]*.py))); do echo "# $$b"; $(BIN)/python -m benchmarks.$$b || exit 1; done
+
+bench-trust: $(STAMP) ## what protection costs and holds off: two minutes, then hours (resumable; needs fedmat data get)
+	$(BIN)/python benchmarks/trust.py --full
+	$(BIN)/fedmat bench small C1 C4a
+	$(BIN)/fedmat bench attacks C1 C4a
 
 docs: $(STAMP) ## check that every command and link in the documentation works
 	$(BIN)/python -m pytest tests/test_docs.py

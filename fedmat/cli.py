@@ -209,6 +209,41 @@ def report(
     console.show_where([("report", console.show_path(path))])
 
 
+@app.command()
+def settle(
+    consortium: Consortium,
+    run_id: Annotated[str | None, typer.Option(help="Which run.", show_default="the latest")] = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Settle who contributed how much to a run's model.
+
+    The charter's Auditor works it out from noisy sums that the sites seal to it; each site pays for them from a privacy
+    budget of its own, and answers once per plan. Needs plan.security.mode trigram or ckks.
+
+    Example:  fedmat settle consortium.yaml
+    """
+    from fedmat import console, files, pipeline, places
+
+    where = home or places.workspace(consortium)
+    folder = places.find_run(run_id or str(consortium), where)
+    rounds = int(files.read_json(folder / places.PLAN)["settings"]["rounds"])
+    opened = pipeline.open_run(consortium, home=where, run_id=folder.name, rounds=rounds)
+    with console.working("asking sites and the Auditor"):
+        found = pipeline.settle(opened)
+    if as_json:
+        console.write_json(found)
+        return
+    cells = [
+        (site, f"{row['share']:.4f}", f"{row['error']:.4f}", "-" if row["credits"] is None else row["credits"])
+        for site, row in found["sites"].items()
+    ]
+    console.show_rows("", ("site", "share", "error", "credits"), cells, right=("share", "error", "credits"))
+    for site, why in found["missing"].items():
+        console.say(f"{site} gave no sums: {why}")
+    console.show_where([("settlement", console.show_path(folder / "settlement.json"))])
+
+
 # --- models ------------------------------------------------------------------------------------------------------
 
 

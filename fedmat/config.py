@@ -211,6 +211,10 @@ class ContributionSpec(Settings):
     method: Literal["none", "gram"] = "none"
     every: int = Field(1, ge=1, description="rounds between two looks")
     rows: int = Field(60, ge=5, description="reference rows whose predictions are explained")
+    settle_epsilon: float = Field(1.0, gt=0, description="fedmat settle: privacy per record of a site's moments at the Auditor")
+    settle_delta: float = Field(1e-5, gt=0, lt=1)
+    settle_dims: int = Field(12, ge=1, le=64, description="numbers the model's last hidden layer is projected to")
+    ridge: float = Field(1.0, gt=0, description="of the retrained last layer, in units of what covers the noise of all sites")
 
 
 class PlanSettings(Settings):
@@ -310,6 +314,9 @@ class ConsortiumConfig(Settings):
     splits: Splits = Splits()
     admission: Admission = Admission()
     members: tuple[Member, ...] = Field(min_length=1)
+    reference: Path | None = Field(
+        None, description="site file of the reference set: public or jointly agreed rows that contributions are measured on"
+    )
     charter: Path | None = Field(
         None, description="everyone's public keys (docs/keys.md); a simulated consortium makes its own for a rehearsal"
     )

@@ -151,6 +151,8 @@ class RunProgress:
         left = len(report.dropouts) + len(report.rejections)
         error = report.validation.get("mae", report.validation.get("auc"))
         note = f"{len(report.accepted)} sites" + (f", {left} left out" if left else "")
+        judged = sorted(set(report.excluded) - set(report.shares))
+        note += f", not counted by the rule: {', '.join(judged)}" if judged else ""
         note += f", validation {'mae' if 'mae' in report.validation else 'auc'} {error:.4g}" if error is not None else ""
         number = report.round + 1
         if self._bars is not None:

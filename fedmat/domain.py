@@ -27,6 +27,8 @@ from fedmat.envelopes import (
     MaskKeysRequest,
     MaskShares,
     MaskSharesRequest,
+    PublicMap,
+    SealedMoments,
     Submission,
     SumWitness,
     Unmasked,
@@ -251,6 +253,16 @@ class TrainRequest:
 
 
 @dataclass(frozen=True)
+class ReferenceRequest:
+    """Asks the reference party for a round's public map of updates (``envelopes.PublicMap``)."""
+
+    plan_sha256: str
+    round: int
+    weights: Weights
+    scaler: Scaler
+
+
+@dataclass(frozen=True)
 class NeedModel:
     """A site's answer where it does not hold the model that a TrainRequest starts from."""
 
@@ -402,6 +414,24 @@ class EvaluateRequest:
 
 
 @dataclass(frozen=True)
+class MomentsRequest:
+    """Asks a site for noisy second moments of its rows under a released model, sealed to the Auditor; answered once per plan.
+
+    Attributes:
+        run: random name of the run the model comes from.
+        model_sha256: digest of ``weights`` and ``scaler``; it fixes the public projection.
+        today: ISO date on which the Auditor's keys have to count.
+    """
+
+    plan_sha256: str
+    run: str
+    model_sha256: str
+    weights: Weights
+    scaler: Scaler
+    today: str
+
+
+@dataclass(frozen=True)
 class CalibrateRequest:
     """Asks a site how far the finished global model is off on rows that a member of its ensemble never saw."""
 
@@ -489,11 +519,13 @@ Request = (
     | EvaluateRequest
     | CalibrateRequest
     | AuditRequest
+    | ReferenceRequest
     | MaskKeysRequest
     | MaskSharesRequest
     | ArrivedRequest
     | UnmaskRequest
     | WitnessRequest
+    | MomentsRequest
 )
 Answer = (
     Offer
@@ -508,11 +540,13 @@ Answer = (
     | Evaluation
     | Calibration
     | AuditVote
+    | PublicMap
     | MaskKeys
     | MaskShares
     | ArrivedSignature
     | Unmasked
     | SumWitness
+    | SealedMoments
 )
 
 

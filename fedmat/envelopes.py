@@ -481,6 +481,60 @@ class DecryptRequest:
     witnesses: tuple[SumWitness, ...]
 
 
+# --- settlement, once per release -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SealedMoments:
+    """A site's noisy second moments of its training and its validation rows, readable by the Auditor alone.
+
+    Attributes:
+        sealed: bound to charter, plan, run, site and model; of a length that tells nothing.
+    """
+
+    site: str
+    sealed: Blob
+    signature: Blob
+
+
+@dataclass(frozen=True)
+class SettleRequest:
+    """Brings the Auditor the sites' sealed moments and asks for their shares; answered once per model.
+
+    Attributes:
+        today: ISO date on which keys have to count.
+        rows: labelled training rows each site attested: none may state moments of more.
+        parts: in the order of the alphabet.
+    """
+
+    plan_sha256: str
+    run: str
+    model_sha256: str
+    charter_sha256: str
+    today: str
+    rows: dict[str, int]
+    parts: tuple[SealedMoments, ...]
+
+
+@dataclass(frozen=True)
+class Settlement:
+    """Who contributed how much to a release, as the Auditor found and signed it.
+
+    Attributes:
+        shares, errors: shape ``n``, in the order of ``sites``: share of ``held_out_gain`` and its standard error.
+        held_out_gain: by how much the mean squared error falls that the last layer of all sites together makes on held-out rows.
+        request_sha256: digest of the request.
+    """
+
+    role: RoleName
+    sites: tuple[str, ...]
+    shares: NDArray[np.float64]
+    errors: NDArray[np.float64]
+    held_out_gain: float
+    request_sha256: str
+    signature: Blob
+
+
 @dataclass(frozen=True)
 class Decrypted:
     """The opened sum, ``length`` float64 numbers as bytes."""

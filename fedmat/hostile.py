@@ -170,7 +170,7 @@ def run(
     for site, table in sorted(tables.items()):
         kind = HostileWorker if site in hostile else ObservedWorker
         rows = _poisoned(attack, table, plan) if site in hostile else table
-        manifest = {"sha256": table.sha256, "rejected": {}}
+        manifest: dict[str, object] = {"sha256": table.sha256, "rejected": {}}
         worker = kind(site, plan, rows, manifest, folder / "sites" / site, identity=identities.get(site))
         if isinstance(worker, HostileWorker):
             worker.arm(attack, minds, len(hostile))
@@ -180,7 +180,7 @@ def run(
             worker.watch(minds)
         handlers[site] = worker.handle
     if charter is not None:
-        for name in rounds.role_names(plan):
+        for name in (n for n in rounds.role_names(plan) if n in ROLES):
             home = folder / "roles" / name
             handlers[name] = role.worker(name, plan, keys.load(home / "keys", name), charter, home).handle
     if setup is not None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from fedmat import files, wire
 from fedmat._version import __version__
-from fedmat.config import ConsortiumConfig, SiteConfig, Task, load_consortium, load_site
+from fedmat.config import ConsortiumConfig, Member, SiteConfig, Task, load_consortium, load_site
 from fedmat.domain import Baseline, Evaluation, GlobalModel, RoundReport
 from fedmat.envelopes import ROLES
 from fedmat.errors import ConfigError, DataError, NotEvidenced, SiteRefused, StateError
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from fedmat.lineage import Registered
 
 SECRET = Path("secrets/matching.key")  # in the workspace: the members' secret, which no coordinator may see
+REFERENCE = "reference"  # the party with the rows that contributions are measured on
 KEYS = "keys"  # in the workspace of a site or of a role: its private keys
 REFUSED = "refused.json"  # in a site's folder: why its data take no part in this run
 MODEL, PLAN, METRICS, EVALUATIONS, TIMINGS = (
@@ -93,6 +94,8 @@ class Run:
         """
         config = self.config()
         member = next((m for m in config.members if m.site == site), None)
+        if site == REFERENCE and config.reference is not None:
+            member = Member(site=site, organisation=site, file=config.reference)
         if member is None:
             raise ConfigError(
                 f"{self.consortium_file}: there is no member '{site}'", fix=f"use one of {', '.join(config.roster)}"
@@ -156,7 +159,11 @@ def open_run(consortium_file: Path, *, home: Path | None = None, run_id: str | N
     config = load_consortium(path)
     base = home or Path(os.environ.get("FEDMAT_HOME", ".fedmat")) / config.name
     run = Run(path, base.resolve(), run_id, rounds)
-    run.plan()
+    if run.plan().settings.contribution.method != "none" and config.reference is None:
+        raise ConfigError(
+            f"{path}: plan.contribution.method {config.plan.contribution.method} needs rows to measure on",
+            fix="name a site file of public or agreed rows under reference:, or set method: none",
+        )
     for site in run.sites:
         run.site_config(site)
     return run
@@ -217,6 +224,12 @@ def build_role(consortium_file: Path, home: Path, rounds: int | None, role: str)
     from fedmat.federation import role as roles
 
     run = Run(consortium_file, home, None, rounds)
+    if role == REFERENCE:
+        from fedmat.federation.reference import ReferenceWorker
+
+        if not (run.site_folder(role) / "manifest.json").exists():
+            prepare_site(run, role)
+        return ReferenceWorker(run.plan(), site_table(run, role)).handle
     charter = read_charter(run)
     if charter is None:
         raise StateError(f"{role}: the plan encrypts nothing", fix="set plan.security.mode")
@@ -407,6 +420,28 @@ def report(run: Run) -> Path:
     return page.write(run.folder)
 
 
+def settle(run: Run) -> dict[str, Any]:
+    """Settles who contributed how much to the run's model and writes settlement.json; done before, nothing is asked again.
+
+    Raises:
+        PlanRefused: the plan has no Auditor, or too few sites.
+        StateError: the run is not finished, or of another plan.
+    """
+    from fedmat.federation import settlement
+    from fedmat.federation.coordinator import NONCE, SETUP
+
+    plan, folder = run.plan(), run.folder
+    settlement.refuse(plan)
+    charter = read_charter(run)
+    if charter is None or files.read_json(folder / PLAN) != plan.as_json():
+        raise StateError(f"{folder}: was run by another plan", fix="settle with the consortium file as it was then")
+    model, nonce = wire.load_model(folder / MODEL), str(files.read_json(folder / NONCE)["run"])
+    rows = {site: int(a["labels"][0]) for site, a in files.read_json(folder / SETUP)["attestations"].items()}
+    with open_engine(run) as engine:
+        today = datetime.now(UTC).date().isoformat()  # whether keys still count
+        return settlement.settle(engine, plan, charter, model, rows, nonce, today, folder)
+
+
 def publish(run: Run, tracking_uri: str | None = None) -> Registered:
     """Registers the run's model in MLflow; promotes it when it beats the present champion on the same test set."""
     from fedmat import lineage
@@ -575,6 +610,7 @@ def _metrics(
             "per_round_up": up / len(rows) if rows else 0,
         },
         "rounds": {"count": plan.settings.rounds, "completed": len(rows)},
+        "protection": _protection(rows, sites),
         "matching": files.read_json(folder / "matching.json") if (folder / "matching.json").exists() else None,
         "exclusions": [
             {"round": -1, **{k: f[k] for k in ("site", "kind", "reason", "detail")}}
@@ -594,6 +630,26 @@ def _metrics(
             "attestations": files.sha256(files.canonical_json(attestations)),
         },
     }
+
+
+def _protection(rows: Sequence[Mapping[str, Any]], sites: Sequence[str]) -> dict[str, Any]:
+    """Returns how rounds were protected, and per site how often it counted, was left out by the rule, and what it found."""
+    found: dict[str, Any] = {}
+    for site in sites:
+        audits = [r["audits"][site] for r in rows if site in r["audits"]]
+        reasons = [r["excluded"][site] for r in rows if site in r["excluded"]]
+        found[site] = {
+            "counted": sum(site in r["shares"] for r in rows),
+            "left_out": sum(site in r["excluded"] and site not in r["shares"] for r in rows),
+            "last_reason": reasons[-1] if reasons else "",
+            "agreed": sum(a == "agrees" for a in audits),
+            "disagreed": [a for a in audits if a.startswith("disagrees")],
+            "contribution": sum(r["contribution"].get(site, 0.0) for r in rows),
+        }
+    given_up = sum(not r["shares"] for r in rows)
+    role_bytes = sum(sum(r["role_bytes"].values()) for r in rows)
+    first = rows[-1] if rows else {"protection": "none", "rule": ""}
+    return {"mode": first["protection"], "rule": first["rule"], "sites": found, "given_up": given_up, "role_bytes": role_bytes}
 
 
 def _metric_unit(task: Task) -> str:

@@ -80,7 +80,7 @@ def verdict(metrics: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     done, asked = metrics["rounds"]["completed"], metrics["rounds"]["count"]
     first = (
         f"{_count(len(sites)).capitalize()} sites trained one model of {_words(task['target'])} together in {done} rounds. "
-        f"No record left a site: what travelled were model weights and sums.{owner} {_bottom_line(sites, kinds, metric)}"
+        f"No record left a site: {_travelled(metrics)}{owner} {_bottom_line(sites, kinds, metric)}"
     )
     out: list[tuple[str, list[str]]] = [(first, [])]
     if done < asked:
@@ -116,6 +116,17 @@ def verdict(metrics: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         )
     in_rounds = [x for x in metrics["exclusions"] if x["round"] >= 0]
     left = sorted({x["site"] for x in in_rounds})
+    protection = metrics.get("protection") or {"sites": {}}
+    for site, p in sorted(protection["sites"].items()):
+        if p["disagreed"]:
+            out.append((f"{site} disagrees with what was opened of its update in {_count(len(p['disagreed']))} rounds: a role lied, "
+                        "or the site does. Settle that before anyone is paid.", []))  # fmt: skip
+    judged = {s: p for s, p in sorted(protection["sites"].items()) if p["left_out"]}
+    if judged:
+        each = ", ".join(f"{s} {p['left_out']}" for s, p in judged.items())
+        out.append((f"The rule ({protection['rule']}) did not count a site's update in some rounds: {each} of {done}. An unusual "
+                    "site is left out more often; that alone says nothing against it.",
+                    [f"{s}, the last time: {p['last_reason']}" for s, p in judged.items()]))  # fmt: skip
     if left:
         n = len(in_rounds)
         was = "s were" if n > 1 else " was"
@@ -271,6 +282,19 @@ def _words(field: str) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+_PROTECTED = {
+    "trigram": "updates were split between three roles, none of which could read one",
+    "masking": "updates travelled under masks that cancel in their sum",
+    "ckks": "updates travelled encrypted, and only their sums were decrypted",
+}
+
+
+def _travelled(metrics: Mapping[str, Any]) -> str:
+    """Returns what left the sites, in words."""
+    mode = metrics.get("protection", {}).get("mode", "none")
+    return f"{_PROTECTED[mode]}." if mode in _PROTECTED else "what travelled were model weights and sums."
 
 
 def _count(n: int) -> str:

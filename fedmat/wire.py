@@ -34,8 +34,8 @@ _TYPES: dict[str, type] = {
         domain.Attestation, domain.AttestRequest, domain.StatisticsRequest, domain.Statistics, domain.Scaler, domain.RanksRequest, domain.Ranks,
         domain.TrainRequest, domain.Update, domain.BaselineRequest, domain.Baseline, domain.EvaluateRequest,
         domain.MatchRequest, domain.Offer, domain.RemoveRequest, domain.Removal, domain.Removed,
-        domain.Evaluation, domain.CalibrateRequest, domain.Calibration, domain.Network, domain.SiteModel, domain.GlobalModel, domain.Dropout, domain.Rejection, domain.Checkpoint,
-        domain.Step, domain.NeedModel, domain.Sealed, domain.Prepared, domain.Answered,
+        domain.Evaluation, domain.CalibrateRequest, domain.Calibration, domain.MomentsRequest, domain.Network, domain.SiteModel, domain.GlobalModel, domain.Dropout, domain.Rejection, domain.Checkpoint,
+        domain.Step, domain.NeedModel, domain.ReferenceRequest, domain.Sealed, domain.Prepared, domain.Answered,
         *(k for k in vars(envelopes).values() if dataclasses.is_dataclass(k) and isinstance(k, type)),
     )
 }  # fmt: skip

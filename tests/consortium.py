@@ -12,14 +12,15 @@ from fedmat import files
 from fedmat import keys as keyring
 from fedmat.config import ConsortiumConfig
 from fedmat.domain import GlobalModel, RoundReport
-from fedmat.features.table import TEST, TRAIN, VALIDATION, FeatureTable
 from fedmat.envelopes import ROLES
+from fedmat.features.table import TEST, TRAIN, VALIDATION, FeatureTable
 from fedmat.federation import role as roles
 from fedmat.federation import rounds
 from fedmat.federation.coordinator import Coordinator
 from fedmat.federation.engine import Handler, InProcessEngine
 from fedmat.federation.holding import Identity
 from fedmat.federation.plan import Plan
+from fedmat.federation.reference import ReferenceWorker
 from fedmat.federation.site import MatchingKeys, SiteWorker
 from fedmat.models.network import Architecture
 from fedmat.seeds import stream
@@ -45,7 +46,9 @@ def key_folder(folder: Path, party: str) -> Path:
 
 
 def role(name: str, settings: ConsortiumConfig, folder: Path) -> Handler:
-    """A role's handler, as it starts (again) from its folder."""
+    """A role's handler, as it starts (again) from its folder; the reference party holds rows of no site."""
+    if name == rounds.REFERENCE:
+        return ReferenceWorker(Plan.of(settings), table("reference", seed=4)).handle
     found = charter(settings, folder)
     assert found is not None
     own = keyring.load(key_folder(folder, name), name)

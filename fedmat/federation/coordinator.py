@@ -39,8 +39,10 @@ from fedmat.domain import (
     RemoveRequest,
     RoundReport,
     Scaler,
+    Sealed,
     Statistics,
     StatisticsRequest,
+    Update,
 )
 from fedmat.errors import SiteRefused, StateError, WireError
 from fedmat.federation import rounds
@@ -291,7 +293,8 @@ class Coordinator:
         return self._report(found, following, asking, time.perf_counter() - started), following
 
     def _report(self, found: Outcome, following: Checkpoint, asking: Asking, seconds: float) -> RoundReport:
-        plan, answers = self.plan, {**found.updates, **found.sealed}
+        plan = self.plan
+        answers: dict[str, Update | Sealed] = {**found.updates, **found.sealed}
         return RoundReport(
             round=asking.number,
             rounds=plan.settings.rounds,

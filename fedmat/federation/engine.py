@@ -28,10 +28,12 @@ from fedmat.domain import (
     EvaluateRequest,
     Evaluation,
     MatchRequest,
+    MomentsRequest,
     NeedModel,
     Offer,
     Ranks,
     RanksRequest,
+    ReferenceRequest,
     Rejection,
     Removed,
     RemoveRequest,
@@ -56,12 +58,15 @@ _EXPECTED: dict[type, Any] = {
     BaselineRequest: Baseline,
     EvaluateRequest: Evaluation,
     CalibrateRequest: Calibration,
+    MomentsRequest: envelopes.SealedMoments,
+    ReferenceRequest: envelopes.PublicMap,
     **{
         getattr(envelopes, f"{asked}Request"): getattr(envelopes, given)
         for asked, given in {
             "Header": "HeaderSignature", "Deposit": "Deposit", "Commit": "Commitment", "Share": "Share", "Open": "Opening",
             "Confirm": "Confirmation", "Blame": "Projections", "Audit": "AuditVote", "MaskKeys": "MaskKeys",
             "MaskShares": "MaskShares", "Arrived": "ArrivedSignature", "Unmask": "Unmasked", "Witness": "SumWitness", "KeyHolder": "KeyHolderContext", "Decrypt": "Decrypted",
+            "Settle": "Settlement",
         }.items()
     },
 }  # fmt: skip

@@ -118,8 +118,9 @@ class Sealing:
             raise ProtocolError("replay", f"site {self._site} answered another header of exchange {header.exchange}")
         return found.sealed
 
-    def prepared(self, header: Header) -> Prepared | None:
+    def prepared(self, request: TrainRequest | AuditRequest) -> Prepared | None:
         """Returns the round's update if it was made before: a round is trained once, however often it is sealed."""
+        header = _header(request)
         path = self._path("prepared", header, header.round)
         return wire.decode(path.read_bytes(), Prepared) if path.exists() else None
 
@@ -253,7 +254,7 @@ class Sealing:
                     path.unlink()
 
 
-def _header(request: TrainRequest) -> Header:
+def _header(request: TrainRequest | AuditRequest) -> Header:
     if request.header is None:
         raise ProtocolError("no_header", "a request of an encrypted round names no header")
     return request.header

@@ -258,7 +258,6 @@ def _refuse_protection(plan: Plan) -> None:
     if s.privacy.unit == "record":
         for name, wrong, fix in (
             ("plan.ensemble", s.ensemble != 1, "use plan.ensemble: 1"),
-            ("plan.contribution", s.contribution.method != "none", "use contribution.method: none"),
             ("plan.algorithm", s.algorithm != "fedavg", "use plan.algorithm: fedavg"),
             ("plan.compression.name low_rank", s.compression.name == "low_rank", "use compression.name: hadamard"),
             ("plan.model.graph", plan.model.graph is not None, "use features without a graph"),

@@ -17,9 +17,19 @@ import numpy as np
 
 from fedmat import files, wire
 from fedmat.aggregation import robust
-from fedmat.envelopes import Decrypted, DecryptRequest, Deposit, Header, HeaderRequest, KeyHolderContext, KeyHolderRequest
+from fedmat.envelopes import (
+    Decrypted,
+    DecryptRequest,
+    Deposit,
+    Header,
+    HeaderRequest,
+    KeyHolderContext,
+    KeyHolderRequest,
+    SettleRequest,
+)
 from fedmat.errors import ProtocolError, StateError, WireError
 from fedmat.federation.plan import Plan
+from fedmat.federation.settlement import Settling
 from fedmat.keys import Charter, PartyKeys
 from fedmat.transport.ckks import KeyHolder
 from fedmat.transport.trigram.roles import Memory, Role
@@ -40,10 +50,11 @@ class RoleWorker:
         self._folder = folder / "rounds" / plan.sha256[:16]
         self._answered: dict[str, bytes] = {}
         kept = self._folder / _HISTORY
-        known = files.read_json(kept) if kept.exists() else {"log": 0, "runs": {}}
+        known: dict[str, Any] = files.read_json(kept) if kept.exists() else {"log": 0, "runs": {}}
         self._log = int(known["log"])
         runs = {run: _remembered(entry) for run, entry in known["runs"].items()}
         self._role = Role(name, keys, charter, select(plan), plan.sha256, runs)  # type: ignore[arg-type]
+        self._settling = Settling(plan, keys, charter, folder)
         self._replay()
 
     def handle(self, data: bytes) -> bytes:
@@ -57,6 +68,8 @@ class RoleWorker:
             return self._answered[digest]
         request = _decode(data)
         before = self._role.memory
+        if isinstance(request, SettleRequest):  # beside the rounds: it opens nothing of them and needs no log
+            return self._settling.handle(data, request, before.__contains__)
         reply = wire.encode(self._role.handle(request))
         if isinstance(request, HeaderRequest):
             self._turn_over(before)
@@ -121,6 +134,7 @@ class KeyHolderWorker:
 
     def __init__(self, plan: Plan, keys: PartyKeys, charter: Charter, folder: Path) -> None:
         self._plan, self._keys, self._charter, self._folder = plan, keys, charter, folder / "ckks"
+        self._settling = Settling(plan, keys, charter, folder)
 
     def handle(self, data: bytes) -> bytes:
         """Returns the reply to a request; it is written down before it is given.
@@ -134,6 +148,8 @@ class KeyHolderWorker:
         if isinstance(request, KeyHolderRequest):
             holder = self._holder(request.run, fresh=True)
             return wire.encode(KeyHolderContext(np.frombuffer(holder.public_context(), dtype=np.uint8)))
+        if isinstance(request, SettleRequest):
+            return self._settling.handle(data, request, lambda run: self._path(run).exists())
         if not isinstance(request, DecryptRequest):
             raise ProtocolError("bad_request", f"a key holder is not asked for {type(request).__name__}")
         header = request.header

@@ -22,12 +22,14 @@ from fedmat import envelopes, files, wire
 from fedmat import weights as wts
 from fedmat.aggregation import robust
 from fedmat.aggregation.linear import equal_shares, row_shares
+from fedmat.contribution import gram_shapley
 from fedmat.domain import (
     Attestation,
     Checkpoint,
     Delivery,
     Dropout,
     NeedModel,
+    ReferenceRequest,
     Rejection,
     Request,
     Sealed,
@@ -44,11 +46,13 @@ from fedmat.seeds import derive
 from fedmat.transport import ckks
 from fedmat.transport.compression import Compressor
 from fedmat.transport.masking import MaskingServer
+from fedmat.transport.trigram.canary import proven
 from fedmat.transport.trigram.exchange import Combined, Exchange, ExchangeFailed
 from fedmat.transport.trigram.ring import FILL, Ring
 from fedmat.weights import Vector, Weights
 
 COMPRESSED = "compressed"  # the one tensor of a compressed update
+REFERENCE = "reference"  # the party that holds the consortium's reference rows
 SILENT = "silent"  # a site that did not say what it found
 _ROUND_OPENED = "round_opened"  # a role's reason where a sum of the round was opened before
 _AWAY = ("crashed", "late", "unreachable")  # how an answer begins of a party that may be back later
@@ -158,7 +162,7 @@ class Asking:
             key = (steps is None, len(steps or ()), *sorted((k, id(v)) for k, v in extra.items()))
             if key not in shared:  # one request, encoded once, for all sites that need the same
                 body = {"weights": s.weights, "scaler": s.scaler} if steps is None else {"steps": steps}
-                shared[key] = dataclasses.replace(plain, **body, **extra)  # type: ignore[arg-type]
+                shared[key] = dataclasses.replace(plain, **body, **extra)
             return shared[key]
 
         first = {site: request(site, whole=False) for site in sites}
@@ -367,7 +371,7 @@ class Encrypted(Combining):
         """Returns the largest norm of this round's updates."""
         return float(state.server["clip"][0]) if "clip" in state.server else self.plan.settings.security.clip
 
-    def header(self, asking: Asking, exchange: int) -> Header:
+    def header(self, asking: Asking, exchange: int, public_map: envelopes.PublicMap | None = None) -> Header:
         """Returns the exchange's header: the stored one if the coordinator crashed after it had made it."""
         path = self.folder / f"header-{exchange:06d}.safetensors"
         if path.exists():
@@ -379,7 +383,7 @@ class Encrypted(Combining):
         made = Header(
             self.plan.sha256, self.run, asking.number, exchange, asking.model_sha256, self.charter.sha256,
             asking.compressor.length, s.security.ring_bits, s.rule.hostile, minimum(self.plan), self.clip(asking.state),
-            weights, "", self.today,
+            weights, "" if public_map is None else wire.digest(public_map), self.today,
         )  # fmt: skip
         files.write_atomic(path, wire.encode(made))
         return made
@@ -426,18 +430,19 @@ class Trigram(Encrypted):
 
     def combine(self, asking: Asking) -> Outcome:
         """See :class:`Combining`."""
-        exchange = Exchange(self.charter, asking.send)
-        number, canaries, troubles = asking.state.exchange, (), []
+        exchange, public_map = Exchange(self.charter, asking.send), self._reference(asking)
+        canaries: tuple[AuditVote, ...] = ()
+        troubles: list[str] = []
         canary_notes: dict[str, str] = {}
         for number in range(asking.state.exchange, asking.state.exchange + self.plan.settings.security.exchanges):
-            header = self.header(asking, number)
+            header = self.header(asking, number, public_map)
             try:
                 consents = exchange.announce(header, canaries)
                 deliveries = asking.train(lambda _, h=header, c=consents, **__: {"header": h, "consents": c})
                 sealed, dropouts, rejections = self.read(deliveries, Submission)
                 self.need_quorum(sealed, asking, [*dropouts, *rejections])
                 submissions = {s: m.content for s, m in sealed.items() if isinstance(m.content, Submission)}
-                combined = exchange.combine(header, submissions)
+                combined = exchange.combine(header, submissions, public_map)
             except ExchangeFailed as error:
                 if error.reason == "role_failed" and error.detail.startswith(_AWAY):
                     raise RoundFailed(  # it may come back: answers so far are kept, and nothing is asked for twice
@@ -452,18 +457,37 @@ class Trigram(Encrypted):
             votes = exchange.audit(header, combined)
             canaries = tuple(v for v in votes.values() if isinstance(v, AuditVote) and len(v.canary))
             if canaries:
-                canary_notes = {v.site: "canary" + ("" if v.agrees else f", disagrees: {v.detail}") for v in canaries}
+                shown = proven(self.charter, header, combined.sites, combined.gram, canaries)
+                false = "canary, and what was opened is not what it shows: a role lied, or the site"
+                canary_notes = {v.site: "canary" if v.site in shown else false for v in canaries}
                 continue
             weights = {s: w for s, w in zip(combined.sites, combined.weights, strict=True) if w}
             return self.outcome(
                 asking, deliveries, combined.total, weights, header, dropouts=tuple(dropouts), rejections=tuple(rejections),
-                sealed=sealed, excluded=dict(combined.excluded), audits=canary_notes | _findings(votes),
+                sealed=sealed, excluded=dict(combined.excluded),
+                audits=_findings(votes) | {s: why for s, why in canary_notes.items() if why != "canary"},
                 evidence=_evidence(header, combined), clip=self._next_clip(header, combined),
+                contribution=_contribution(header, combined, public_map),
             )  # fmt: skip
         raise RoundFailed(
             f"round {asking.number + 1}: no exchange came to an end: " + "; ".join(troubles),
             fix="bring the named role or site back and run again: it goes on from where it stopped",
         )
+
+    def _reference(self, asking: Asking) -> envelopes.PublicMap | None:
+        """Returns the round's public map, in rounds whose contributions the plan looks at."""
+        wanted = self.plan.settings.contribution
+        if wanted.method == "none" or asking.number % wanted.every:
+            return None
+        request = ReferenceRequest(self.plan.sha256, asking.number, asking.state.weights, asking.state.scaler)
+        answer = asking.send({REFERENCE: request})[REFERENCE]
+        if not isinstance(answer, envelopes.PublicMap):
+            detail = answer.detail if isinstance(answer, Dropout | Rejection) else type(answer).__name__
+            raise RoundFailed(
+                f"round {asking.number + 1}: the reference party gave no map ({detail})",
+                fix="bring it back and run again, or set plan.contribution.method: none",
+            )
+        return answer
 
     def _void(self, asking: Asking, header: Header, error: ExchangeFailed) -> Outcome:
         """A round of which something was opened that cannot be used: its updates are never sent again, the next one goes on."""
@@ -602,7 +626,8 @@ class Ckks(Encrypted):
 
 def role_names(plan: Plan) -> tuple[str, ...]:
     """Returns the parties beside sites and coordinator that a plan's rounds need."""
-    return {"none": (), "trigram": ROLES, "masking": (), "ckks": (ckks.KEY_HOLDER,)}[plan.settings.security.mode]
+    found = {"none": (), "trigram": ROLES, "masking": (), "ckks": (ckks.KEY_HOLDER,)}[plan.settings.security.mode]
+    return found if plan.settings.contribution.method == "none" else (*found, REFERENCE)
 
 
 def masking_threshold(plan: Plan) -> int:
@@ -654,6 +679,19 @@ def _findings(votes: Mapping[str, Any]) -> dict[str, str]:
         else:
             out[site] = SILENT
     return out
+
+
+def _contribution(header: Header, combined: Combined, public_map: envelopes.PublicMap | None) -> dict[str, float]:
+    """Returns each site's share of the fall in the reference rows' mean squared error (standardised target), to second order."""
+    if public_map is None or combined.mapped_gram is None or combined.scores is None:
+        return {}
+    one = public_map.scale * ring_unit(header)  # what a mapped update's integer is worth
+    counted = [i for i, w in enumerate(combined.weights) if w]
+    gram = [[float(combined.mapped_gram[i][j]) * one * one for j in counted] for i in counted]
+    target = [float(combined.scores[i][0]) * one * public_map.target_scale for i in counted]
+    weights = [combined.weights[i] for i in counted]
+    shares = gram_shapley(gram, target, weights, rows=public_map.rows)
+    return {combined.sites[i]: float(v) for i, v in zip(counted, shares, strict=True)}
 
 
 def _evidence(header: Header, combined: Combined) -> dict[str, str]:

@@ -3,7 +3,8 @@
 Knows: one site's feature table, and how to answer each kind of request. What leaves, in full:
 attestations (digests and counts), sums over training rows, weight changes (in a plan that encrypts: masked by pads that only
 the roles of the charter can take off), sums over held-out rows, counts of errors by size, for quantile scaling counts of
-feature values by size, and in an encrypted round a signed finding about what was opened of the site's own update.
+feature values by size, in an encrypted round a signed finding about what was opened of the site's own update, and once per
+plan, if the release is settled, second moments of rows with noise on them, sealed to the Auditor.
 Refuses to know: other sites, the coordinator, how messages are delivered.
 """
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from fedmat import files, wire
 from fedmat import weights as wts
 from fedmat.assurance import duplicates, uncertainty
+from fedmat.contribution import Moments
 from fedmat.data.contract import CONTRACT_VERSION
 from fedmat.domain import (
     Answer,
@@ -35,6 +37,7 @@ from fedmat.domain import (
     Evaluation,
     GlobalModel,
     MatchRequest,
+    MomentsRequest,
     NeedModel,
     Network,
     Offer,
@@ -59,16 +62,18 @@ from fedmat.envelopes import (
     AuditVote,
     MaskKeysRequest,
     MaskSharesRequest,
+    SealedMoments,
     UnmaskRequest,
     WitnessRequest,
 )
 from fedmat.errors import PlanRefused, SiteRefused
 from fedmat.features.table import TEST, TRAIN, VALIDATION, FeatureTable
-from fedmat.federation import rounds
+from fedmat.federation import rounds, settlement
 from fedmat.federation.evaluation import evaluate, residual_sums
 from fedmat.federation.holding import Held, Identity, Sealing
 from fedmat.federation.plan import Plan
 from fedmat.federation.scaling import column_sums, own_scaler, rank_counts
+from fedmat.models.hidden import last_hidden
 from fedmat.models.laws import temperature_columns
 from fedmat.models.network import Architecture
 from fedmat.seeds import stream
@@ -81,6 +86,7 @@ from fedmat.weights import Vector, Weights
 REMOVAL = "removal.safetensors"  # in a site's state: keys of training rows that it leaves out
 LEDGER = Path("privacy/ledger.jsonl")  # in a site's workspace: what training has cost of its privacy budget, over all runs
 RELEASED = "released.safetensors"  # in a site's state: the last update that noise was added to
+SETTLED = "settled.once"  # in a site's state: what it gave for the one settlement of a plan
 PERSONAL = "personal.safetensors"  # in a site's state: the model it uses for its own materials
 
 
@@ -133,6 +139,7 @@ class SiteWorker:
         identity: Identity | None = None,
     ) -> None:
         self.site, self.plan, self.folder = site, plan, folder
+        self._identity = identity
         self._sealing = Sealing(plan, identity, self._state(), site) if identity else None
         self._manifest, self._whole, self._keys = manifest, table, keys
         self._holding = Held(plan, self._state())
@@ -185,7 +192,8 @@ class SiteWorker:
         if isinstance(request, MaskKeysRequest | MaskSharesRequest | ArrivedRequest | UnmaskRequest):
             if self._sealing is None or self.plan.settings.security.mode != "masking":
                 raise PlanRefused(f"site {self.site}: the plan masks nothing")
-            return self._sealing.masks(request)
+            masks: Answer = self._sealing.masks(request)
+            return masks
         if isinstance(request, WitnessRequest):
             if self._sealing is None or self.plan.settings.security.mode != "ckks":
                 raise PlanRefused(f"site {self.site}: the plan encrypts no sums under CKKS")
@@ -194,7 +202,11 @@ class SiteWorker:
             return self._baseline(request)
         if isinstance(request, CalibrateRequest):
             return self._calibrate(request)
-        return self._evaluate(request)
+        if isinstance(request, MomentsRequest):
+            return self._moments(request, data)
+        if isinstance(request, EvaluateRequest):
+            return self._evaluate(request)
+        raise PlanRefused(f"site {self.site}: a site is not asked {type(request).__name__}")
 
     def _offer(self) -> Offer:
         if self._keys is None:
@@ -253,7 +265,7 @@ class SiteWorker:
         stored = self._sealing.stored(request)
         if stored is not None:
             return stored
-        found = self._sealing.prepared(request.header) or self._prepare(request, held)
+        found = self._sealing.prepared(request) or self._prepare(request, held)
         return self._sealing.seal(request, found)
 
     def _open_update(self, request: TrainRequest, request_sha256: str, held: GlobalModel) -> Update:
@@ -317,7 +329,7 @@ class SiteWorker:
 
     def _settle(self, request: AuditRequest) -> None:
         """Adds to what was not sent yet what the clip and the rounding kept back, or all of it where the update did not count."""
-        found, number = self._sealing.prepared(request.header) if self._sealing else None, request.header.round
+        found, number = self._sealing.prepared(request) if self._sealing else None, request.header.round
         unsent = self._recall("unsent", number + 1)
         if found is None or not unsent or self._sealing is None:
             return
@@ -509,6 +521,31 @@ class SiteWorker:
         scores, group = self._conformity(guess)
         unit = float(request.scaler.y_scale[0])
         return Calibration(self.site, uncertainty.sketch(scores / unit, uncertainty.group_weights(group)))
+
+    def _moments(self, request: MomentsRequest, data: bytes) -> SealedMoments:
+        """Returns noisy second moments of training and of validation rows, sealed to the Auditor; once per plan."""
+        settlement.refuse(self.plan)
+        identity = self._identity
+        if identity is None or wire.weights_digest(request.weights, request.scaler) != request.model_sha256:
+            raise PlanRefused(f"site {self.site}: has no keys to seal with, or the model is not the one that is to be settled")
+
+        def protected(split: int) -> Moments:
+            part = self.table.part(split)
+            part = part.rows(np.isfinite(part.y[:, 0]) & (part.bound[:, 0] == 0))  # a bound is no target
+            target = request.scaler.target(part.y)[:, 0].astype(np.float64)
+            if self.plan.task.kind == "binary":
+                target = 2.0 * target - 1.0  # nobody's prediction, 0, is then undecided
+            inputs = self._architecture.inputs(request.scaler, part.names, part.x, part.graphs)
+            hidden = last_hidden(self._architecture, request.weights, inputs)
+            return settlement.protected(self.plan, settlement.features(self.plan, request.model_sha256, hidden), target)
+
+        def reply() -> bytes:
+            return wire.encode(
+                settlement.seal(request, identity.keys, identity.charter, protected(TRAIN), protected(VALIDATION))
+            )
+
+        kept = settlement.once(self._state() / SETTLED, data, reply, f"site {self.site}")
+        return wire.decode(kept, SealedMoments)
 
     # --- scores ----------------------------------------------------------------------------------------------------
 

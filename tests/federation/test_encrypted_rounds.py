@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from fedmat import wire
-from fedmat.domain import AttestRequest, EvaluateRequest, Sealed, TrainRequest, Update
+from fedmat.contribution import gram_shapley
+from fedmat.domain import AttestRequest, EvaluateRequest, Prepared, Sealed, TrainRequest, Update
 from fedmat.envelopes import (
     ArrivedRequest,
     AuditRequest,
@@ -333,3 +334,51 @@ def test_ckks_rounds_give_the_mean_and_survive_a_lost_site(tmp_path: Path) -> No
     assert all(r.protection == "ckks" and "auditor" in r.role_bytes for r in reports)
     lost, _ = consortium.run(plan, tmp_path / "lost", {"ash": failing(TrainRequest)})
     assert all("ash" not in r.shares and len(r.shares) == 6 for r in lost)
+
+
+def test_contributions_are_read_from_what_the_roles_open_and_a_free_rider_gets_none(tmp_path: Path) -> None:
+    from fedmat.federation.reference import ReferenceWorker
+    from fedmat.hostile import run
+
+    plan = Plan.of(
+        settings(
+            security={"mode": "trigram", "ring_bits": 64, "clip": 5.0}, contribution={"method": "gram", "rows": 30}, rounds=4
+        )
+    )
+    rows = consortium.table("reference", seed=4)
+
+    def setup(handlers: dict[str, Handler]) -> None:
+        handlers["reference"] = ReferenceWorker(plan, rows).handle
+
+    tables = {s: consortium.table(s) for s in consortium.SEVEN}
+    found = run(plan, tables, tmp_path, attack="free_ride", hostile=("gorse",), setup=setup)
+    total = {s: sum(r.contribution[s] for r in found.reports) for s in consortium.SEVEN}
+    assert total["gorse"] < 0 < sum(total.values()) / 7  # it dilutes the others, and what it sends helps nobody
+
+
+def test_contributions_equal_those_of_the_plain_updates(tmp_path: Path) -> None:
+    """The shares the roles open are those anyone would compute who saw every update."""
+    plan = settings(
+        security={"mode": "trigram", "ring_bits": 64, "clip": 5.0}, contribution={"method": "gram", "rows": 20}, rounds=1
+    )
+    answers: dict[str, Any] = {}
+
+    def keeping(handle: Handler) -> Handler:
+        def answer(data: bytes) -> bytes:
+            reply = handle(data)
+            answers["map"] = wire.decode(reply, object)
+            return reply
+
+        return answer
+
+    (report,), _ = consortium.run(plan, tmp_path, {"reference": keeping})
+    public = answers["map"]
+    matrix = np.frombuffer(public.matrix.tobytes(), "<i4").reshape(public.rows, -1) * public.scale
+    residual = np.frombuffer(public.targets.tobytes(), "<i4") * public.target_scale
+    numbers = {}
+    for s in consortium.SEVEN:
+        (path,) = (tmp_path / "sites" / s).glob("state/*/sealed/*/prepared-*.safetensors")
+        numbers[s] = wire.decode(path.read_bytes(), Prepared).numbers
+    mapped = np.stack([matrix @ numbers[s] for s in consortium.SEVEN])
+    expected = gram_shapley(mapped @ mapped.T, mapped @ residual, [1] * 7, rows=public.rows)
+    np.testing.assert_allclose([report.contribution[s] for s in consortium.SEVEN], expected, rtol=1e-3, atol=1e-5)

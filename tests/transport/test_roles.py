@@ -104,7 +104,13 @@ def test_a_site_sends_nothing_unless_all_three_roles_signed_this_header() -> Non
     rig = Rig()
     a, b, c = rig.exchange.announce(rig.header)
     keys, zeros = rig.keys[NAMES[0]], rig.ring.zeros(rig.header.length)
-    for consent in [(a, b), (a, b, b), (a, b, replace(c, signature=a.signature)), (a, b, replace(c, signature=no_bytes()))]:
+    for consent in [
+        (a, b),
+        (a, b, b),
+        (a, b, c, c),
+        (a, b, replace(c, signature=a.signature)),
+        (a, b, replace(c, signature=no_bytes())),
+    ]:
         with pytest.raises(ProtocolError):
             site.submit(rig.header, consent, rig.charter, keys, zeros)
     with pytest.raises(ProtocolError, match="bad_signature"):
@@ -484,6 +490,15 @@ def test_a_site_that_shows_a_wrong_seed_is_not_counted_and_spoils_nobody() -> No
     rig.seeds[NAMES[3]] = b"x" * 32
     shown = canary.proven(rig.charter, rig.header, memory.sites, memory.gram, [vote(rig, s) for s in rig.names])
     assert shown == tuple(s for s in rig.names if s != NAMES[3])
+
+
+def test_a_product_that_two_shown_vectors_contradict_costs_one_of_them_its_say() -> None:
+    rig = canaried()
+    memory = rig.roles["auditor"].memory["run"]
+    gram = [list(row) for row in memory.gram]
+    gram[0][1] = gram[1][0] = gram[0][1] + 1
+    shown = canary.proven(rig.charter, rig.header, memory.sites, gram, [vote(rig, s) for s in rig.names])
+    assert len(shown) == 6 and set(rig.names[2:]) < set(shown)
 
 
 @pytest.mark.parametrize("bits", [32, 64])
