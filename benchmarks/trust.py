@@ -1,6 +1,6 @@
 """What protection costs: one encrypted round of three roles beside the same round in the clear, in one run on this machine.
 
-Run ``python benchmarks/trust.py``, or with ``--full`` (the first part of ``make bench-trust``; about two minutes). By its path:
+Run ``python benchmarks/trust.py``, or with ``--full`` (the first part of ``make bench-trust``; a minute or two). By its path:
 a dependency (Opacus 1.6.0) installs a package of its own that is called ``benchmarks``. Prints one JSON object.
 
 Sites, roles and the courier share one process here, and every message passes through its bytes: what a party computes and what

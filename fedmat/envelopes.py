@@ -521,6 +521,7 @@ class Settlement:
     """Who contributed how much to a release, as the Auditor found and signed it.
 
     Attributes:
+        excluded: site -> why its moments were left out, reason code and detail.
         shares, errors: shape ``n``, in the order of ``sites``: share of ``held_out_gain`` and its standard error.
         held_out_gain: by how much the mean squared error falls that the last layer of all sites together makes on held-out rows.
         request_sha256: digest of the request.
@@ -528,6 +529,7 @@ class Settlement:
 
     role: RoleName
     sites: tuple[str, ...]
+    excluded: dict[str, str]
     shares: NDArray[np.float64]
     errors: NDArray[np.float64]
     held_out_gain: float

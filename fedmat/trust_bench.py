@@ -25,6 +25,7 @@ MEMBERS, HOSTILE = 10, 2
 ABSENT = "absent"  # the hostile members stay away: what is left to learn from the honest ones
 ATTACKS = ("none", ABSENT, "sign_flip", "scaling", "label_flip", "alie", "ipm", "mimic", "free_ride")
 RULES = ("mean", "multi_krum", "geometric_median", "trimmed_mean", "veto_multi_krum")
+PLAIN, MORE = "plain", 3
 DEFAULT_RULE = "veto_multi_krum"
 WITHIN = 1.05  # of the clean run's error
 SMALL, CLOSE = 0.05, 1.01  # bytes and error of an encrypted compressed run, against plain FedAvg
@@ -48,14 +49,24 @@ class Cell:
 
 
 def small_plans(plan: Plan) -> dict[str, Plan]:
-    """Returns plain FedAvg and the encrypted, compressed run it is compared with; both by the consortium's own plan."""
+    """Returns the consortium's own plan without encryption and compression, and what it is compared with.
+
+    ``small`` is encrypted and compressed, and trains as many local steps in all, spread over ``MORE`` times the rounds: what a
+    compressed round leaves out needs later ones to arrive. ``plain-often`` has those rounds without compression.
+    """
     from fedmat.hostile import vary
 
-    encrypted = {"mode": "trigram"}
+    s = plan.settings
+    often = {
+        "rounds": MORE * s.rounds, "average_last": MORE * s.average_last,
+        "local": {"steps": max(1, round(s.local.steps / MORE))},
+        "schedule": {"warmup_rounds": MORE * s.schedule.warmup_rounds},
+    }  # fmt: skip
+    plain = vary(plan, deduplicate=False)
     return {
-        "plain": vary(plan, deduplicate=False),
-        "encrypted": vary(plan, deduplicate=False, security=encrypted),
-        "encrypted-small": vary(plan, deduplicate=False, security=encrypted, compression={"name": "hadamard"}),
+        PLAIN: plain,
+        "plain-often": vary(plain, **often),
+        "small": vary(plain, **often, security={"mode": "trigram"}, compression={"name": "hadamard"}, server={"lr": 3.0}),
     }
 
 
@@ -153,8 +164,8 @@ def summary(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             k: _mean([runs[s][k] for s in seeds])
             for k in ("mae", "hostile_share", "wrongly_excluded", "bytes_up", "bytes_down", "role_bytes", "seconds")
         }
-        if arm in ("plain", "encrypted", "encrypted-small"):
-            plain = by.get((case, "plain", "none"), {})
+        if arm in (PLAIN, "plain-often", "small"):
+            plain = by.get((case, PLAIN, "none"), {})
             dense = runs[seeds[0]]["dense_bytes"] * runs[seeds[0]]["members"]
             row |= {"up_ratio": row["bytes_up"] / dense, "down_ratio": row["bytes_down"] / dense}
             row |= _ratio(runs, plain, seeds)

@@ -31,14 +31,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from fedmat import contribution, files, wire
 from fedmat.contribution import Bounds, Matrix, Moments
 from fedmat.domain import Dropout, GlobalModel, MomentsRequest, Rejection
-from fedmat.envelopes import SealedMoments, Settlement, SettleRequest
+from fedmat.envelopes import RoleName, SealedMoments, Settlement, SettleRequest
 from fedmat.errors import NotEvidenced, PlanRefused, ProtocolError, RoundFailed, StateError, WireError
 from fedmat.federation.engine import Engine
 from fedmat.federation.plan import MIN_SITES, Plan
@@ -50,7 +50,7 @@ from fedmat.transport.masking import raw
 from fedmat.transport.trigram.ring import blob
 from fedmat.weights import Vector
 
-AUDITOR = "auditor"
+AUDITOR: RoleName = "auditor"
 FILE = "settlement.json"
 CREDITS = 1000
 BOUNDS = Bounds(phi=math.sqrt(2.0), y=3.0)  # a projected row of norm 1 and the constant; three standard deviations
@@ -158,8 +158,9 @@ class Settling:
 
         Raises:
             PlanRefused: the plan permits no settlement.
-            ProtocolError: bad_request, foreign_plan, wrong_charter, unknown_run, too_few, bad_sets, unknown_member, expired_key,
-                bad_signature, bad_seal, bad_moments or second_settlement.
+            ProtocolError: bad_request, foreign_plan, wrong_charter, unknown_run, bad_sets, bad_moments, second_settlement, or too_few
+                where fewer than five sites' moments are good. A site is left out, with the reason (expired_key, bad_signature,
+                bad_seal, bad_moments, malformed, wrong_length) in the reply: one hostile site must not stop everyone's settlement.
         """
         if self._keys.name != AUDITOR:
             raise ProtocolError("bad_request", f"the {self._keys.name} settles nothing", fix="ask the auditor")
@@ -175,15 +176,23 @@ class Settling:
 
     def _settle(self, data: bytes, request: SettleRequest) -> Settlement:
         sites = tuple(part.site for part in request.parts)
-        if len(sites) < MIN_SITES:
-            raise ProtocolError("too_few", f"moments of {len(sites)} sites, at least {MIN_SITES} are settled together")
         if list(sites) != sorted(set(sites)) or set(sites) - set(self._charter.sites):
             raise ProtocolError("bad_sets", "moments must be of sites of the charter, once each, in the order of the alphabet")
-        opened = [self._open(request, part) for part in request.parts]
-        shares, errors, gain = settle_moments(
-            self._plan, [train for train, _ in opened], [held for _, held in opened], request.model_sha256
-        )
-        message = Settlement(AUDITOR, sites, shares, errors, gain, files.sha256(data), blob(b""))
+        opened: dict[str, tuple[Moments, Moments]] = {}
+        excluded: dict[str, str] = {}
+        for part in request.parts:
+            try:
+                opened[part.site] = self._open(request, part)
+            except ProtocolError as error:
+                excluded[part.site] = error.what
+        if len(opened) < MIN_SITES:
+            raise ProtocolError(
+                "too_few",
+                f"good moments of {len(opened)} sites, at least {MIN_SITES} are settled together ({_listed(excluded)})",
+            )
+        train, held_out = zip(*opened.values(), strict=True)
+        shares, errors, gain = settle_moments(self._plan, train, held_out, request.model_sha256)
+        message = Settlement(AUDITOR, tuple(opened), excluded, shares, errors, gain, files.sha256(data), blob(b""))
         return dataclasses.replace(message, signature=blob(self._keys.sign(_settled_text(self._plan, request.run, message))))
 
     def _open(self, request: SettleRequest, part: SealedMoments) -> tuple[Moments, Moments]:
@@ -339,17 +348,18 @@ def settle(
         {s: rows[s] for s in parts},
         tuple(parts[s] for s in sorted(parts)),
     )
-    (delivery,) = replay.broadcast(request, (AUDITOR,), deadline)
+    (delivery,) = replay.broadcast(cast(Any, request), (AUDITOR,), deadline)
     answer = delivery.answer
     if not isinstance(answer, Settlement):
-        replay.forget(failures=True)
+        if isinstance(answer, Dropout) and answer.reason == "refused":
+            replay.forget(failures=True)  # it keeps no answer: sites that stayed away may be asked again
         raise RoundFailed(
             f"settlement: the auditor does not settle: {_why(answer)}", fix="see what it says; the same command goes on"
         )
-    if answer.sites != tuple(sorted(parts)) or answer.request_sha256 != wire.digest(request):
+    if sorted((*answer.sites, *answer.excluded)) != sorted(parts) or answer.request_sha256 != wire.digest(request):
         raise ProtocolError("bad_settlement", "the Auditor's answer is not to what it was asked")
     if (
-        not answer.shares.shape == answer.errors.shape == (len(parts),)
+        not answer.shares.shape == answer.errors.shape == (len(answer.sites),)
         or not np.isfinite([*answer.shares, *answer.errors]).all()
     ):
         raise ProtocolError("bad_settlement", "the Auditor's shares are not one finite number per site")
@@ -370,7 +380,16 @@ def verify(told: Mapping[str, Any], plan: Plan, charter: Charter, today: str) ->
         sites = tuple(sorted(told["sites"]))
         shares, errors = (np.array([float(told["sites"][s][k]) for s in sites]) for k in ("share", "error"))
         stated = told["auditor"]
-        message = Settlement(AUDITOR, sites, shares, errors, float(told["held_out_gain"]), stated["request_sha256"], blob(b""))
+        message = Settlement(
+            AUDITOR,
+            sites,
+            dict(told["excluded"]),
+            shares,
+            errors,
+            float(told["held_out_gain"]),
+            stated["request_sha256"],
+            blob(b""),
+        )
         signature = bytes.fromhex(stated["signature"])
         run = str(told["run"])
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -403,6 +422,7 @@ def _told(
         "run": run,
         "sites": {s: {"share": v, "error": float(e), "credits": c}
                   for s, v, e, c in zip(answer.sites, shares, answer.errors, given, strict=True)},
+        "excluded": answer.excluded,
         "missing": dict(missing),
         "held_out_gain": float(answer.held_out_gain),
         "epsilon": spec.settle_epsilon,

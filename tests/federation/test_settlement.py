@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,16 @@ from typing import Any
 import consortium
 import numpy as np
 import pytest
+import small
+from typer.testing import CliRunner
 
-from fedmat import files, wire
+from fedmat import files, pipeline, wire
 from fedmat import keys as keyring
+from fedmat.cli import app
 from fedmat.contribution import Moments, moments
 from fedmat.domain import GlobalModel, MomentsRequest
 from fedmat.envelopes import SealedMoments, Settlement, SettleRequest
-from fedmat.errors import FedmatError, PlanRefused, ProtocolError, RoundFailed
+from fedmat.errors import FedmatError, PlanRefused, ProtocolError, RoundFailed, StateError
 from fedmat.features.table import FeatureTable
 from fedmat.federation import settlement
 from fedmat.federation.engine import Handler, InProcessEngine
@@ -34,8 +38,12 @@ def config(**plan: Any) -> Any:
     return consortium.config(
         consortium.SEVEN,
         **{
-            "security": {"mode": "trigram"}, "quorum": 5, "rounds": 2, "contribution": QUIET,
-            "local": {"steps": 40, "batch_size": 32, "lr": 1e-2}, **plan,
+            "security": {"mode": "trigram"},
+            "quorum": 5,
+            "rounds": 2,
+            "contribution": QUIET,
+            "local": {"steps": 40, "batch_size": 32, "lr": 1e-2},
+            **plan,
         },
     )
 
@@ -253,19 +261,20 @@ def test_replayed_altered_and_misplaced_moments_are_named(run: Path, trained: tu
     flipped = np.array(first.sealed)
     flipped[-1] ^= 1
     renamed = dataclasses.replace(rest[0], site=first.site)
-    cases = {
-        "bad_signature": [
-            {"parts": (dataclasses.replace(first, sealed=flipped), *rest)},
-            {"parts": (renamed, *rest)},
-            {"model_sha256": "0" * 64},
-        ],
+    for wrong in (dataclasses.replace(first, sealed=flipped), renamed, dataclasses.replace(first, signature=first.sealed)):
+        found = auditor(run, dataclasses.replace(request, parts=(wrong, *rest)))
+        assert first.site not in found.sites and len(found.sites) == len(found.shares) == 6
+        assert found.excluded[first.site].split(":")[0] in ("bad_signature", "wrong_length")
+        forget(run)
+    low = auditor(run, dataclasses.replace(request, rows={**request.rows, first.site: 3}))
+    assert low.excluded[first.site].startswith("bad_moments")
+    forget(run)
+    cases: dict[str, list[dict[str, Any]]] = {
         "bad_sets": [{"parts": (first, first, *rest[1:])}, {"parts": tuple(reversed(request.parts))}],
         "unknown_run": [{"run": "0" * 32}],
-        "too_few": [{"parts": request.parts[:4]}],
+        "too_few": [{"parts": request.parts[:4]}, {"model_sha256": "0" * 64}, {"today": "2099-01-01"}],
         "foreign_plan": [{"plan_sha256": "0" * 64}],
         "wrong_charter": [{"charter_sha256": "0" * 64}],
-        "bad_moments": [{"rows": {**request.rows, first.site: 3}}],
-        "expired_key": [{"today": "2099-01-01"}],
     }
     for reason, changes in cases.items():
         for change in changes:
@@ -291,8 +300,9 @@ def test_moments_that_no_rows_have_are_refused(run: Path, trained: tuple[Path, G
         moments(np.ones((30, 3)), np.ones(30)),
     ):
         lie = settlement.seal(about, keys, charter, wrong, good)
-        with pytest.raises(ProtocolError, match="bad_moments"):
-            auditor(run, dataclasses.replace(request, parts=(lie, *request.parts[1:])))
+        found = auditor(run, dataclasses.replace(request, parts=(lie, *request.parts[1:])))
+        assert found.excluded["ash"].startswith("bad_moments") and len(found.sites) == 6
+        forget(run)
 
 
 def test_one_settlement_per_model_and_one_release_per_site(run: Path, trained: tuple[Path, GlobalModel]) -> None:
@@ -335,9 +345,7 @@ class Crash(BaseException):
 
 
 @pytest.mark.parametrize(("party", "after"), [("ash", False), ("gorse", True), ("auditor", False), ("auditor", True)])
-def test_a_crash_anywhere_changes_no_number(
-    run: Path, trained: tuple[Path, GlobalModel], party: str, after: bool
-) -> None:
+def test_a_crash_anywhere_changes_no_number(run: Path, trained: tuple[Path, GlobalModel], party: str, after: bool) -> None:
     seen: list[Any] = []
 
     def crashing(handle: Handler) -> Handler:
@@ -369,6 +377,22 @@ def test_a_site_that_stays_away_is_named_and_the_others_are_settled(run: Path, t
     assert set(found["missing"]) == {"ash"} and set(found["sites"]) == set(consortium.SEVEN) - {"ash"}
 
 
+def test_an_answer_that_was_lost_on_the_way_is_given_again(run: Path, trained: tuple[Path, GlobalModel]) -> None:
+    """Also where a site stayed away the first time: the Auditor would refuse another set of sites."""
+
+    def broken(handle: Handler, *, after: bool) -> Handler:
+        def answer(data: bytes) -> bytes:
+            if after:
+                handle(data)
+            raise OSError("away")
+
+        return answer
+
+    with pytest.raises(RoundFailed, match="auditor"):
+        settle(run, trained[1], {"ash": lambda h: broken(h, after=False), "auditor": lambda h: broken(h, after=True)})
+    assert set(settle(run, trained[1])["missing"]) == {"ash"}
+
+
 def test_under_ckks_the_key_holder_settles(tmp_path: Path) -> None:
     settings = config(security={"mode": "ckks", "clip": 5.0}, rounds=1)
     plan = Plan.of(settings)
@@ -378,3 +402,36 @@ def test_under_ckks_the_key_holder_settles(tmp_path: Path) -> None:
     engine = InProcessEngine(consortium.handlers(settings, tmp_path))
     found = settlement.settle(engine, plan, charter, model, rows(tmp_path), nonce(tmp_path), consortium.TODAY, tmp_path / "run")
     assert len(found["sites"]) == 7 and found["held_out_gain"] > 0
+
+
+@pytest.mark.slow
+def test_the_command_settles_the_latest_run_of_a_consortium(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    companies = {
+        "foundry": ("Al", "Ni"),
+        "forge": ("Ti", "Cr"),
+        "mill": ("Cu", "Fe"),
+        "smelter": ("Co", "Mn"),
+        "works": ("Al", "Fe"),
+    }
+    monkeypatch.setattr(small, "COMPANIES", companies)
+    path = small.build(
+        tmp_path / "c",
+        rounds=1,
+        quorum=5,
+        deduplicate=False,
+        security={"mode": "trigram"},
+        contribution={"settle_epsilon": 50.0},
+    )
+    opened = pipeline.open_run(path, home=tmp_path / "home")
+    for site in companies:
+        pipeline.prepare_site(opened, site)
+    words = ["settle", str(path), "--home", str(tmp_path / "home"), "--json"]
+    with pytest.raises(StateError):
+        pipeline.settle(opened)  # nothing was trained yet
+    assert len(list(pipeline.train(opened))) == 1
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert set(found["sites"]) == set(companies) and found["epsilon"] == 50.0
+    assert json.loads(CliRunner().invoke(app, words).stdout) == found
+    assert "forge" in CliRunner().invoke(app, words[:-1]).stdout
