@@ -69,6 +69,7 @@ _CLIPPING = 12
 _JUDGED_BITS = 20  # a median update's norm, in units of the judged copy
 _FARTHEST = 1 << 20  # in median norms: longer updates are judged as if they were this long, which is far enough
 _LONG = 4  # median norms: a longer update is vetoed for its length
+_ALIKE = 64  # two updates repeat each other where they are an eighth as far apart as two usually are, or less
 _LIMB = 21  # bits; products of two limbs may be added 2^21 times in 64 bits
 
 
@@ -386,7 +387,10 @@ def _signed_square(product: int, norms: int) -> Fraction:
 
 
 def _veto(g: Gram, base: Sequence[int], f: int, scores: Sequence[int] | None) -> Choice:
-    """Leaves out the far too long, then who is judged badly, then what Multi-Krum leaves of ``f``.
+    """Leaves out the far too long, repeats of others, then who is judged badly, then what Multi-Krum leaves of ``f``.
+
+    Two updates from data of their own are never all but the same: who repeats another's gives its site a second voice, and Krum,
+    which looks for company, would take both. Of such a pair the later one goes, ``f`` of them at most.
 
     Who is left out by mistake uses up room, so length comes first: of updates longer than four medians the ``f`` longest go. A
     hostile one that stays is then no longer than four medians or than an honest one, however the others are judged.
@@ -395,8 +399,12 @@ def _veto(g: Gram, base: Sequence[int], f: int, scores: Sequence[int] | None) ->
     middle = sorted(g[i][i] for i in range(n))[(n - 1) // 2]
     longest = sorted((i for i in range(n) if g[i][i] > _LONG * _LONG * middle), key=lambda i: (-g[i][i], -i))[:f]
     judged: Sequence[int] | Sequence[Fraction] = votes(g) if scores is None else scores
-    bad = sorted((i for i in range(n) if judged[i] < 0 and i not in longest), key=lambda i: (judged[i], -i))
-    against = [*longest, *bad][: n - _kept(n, f)]
+    near = _distances(g)
+    usual = sorted(near[i][j] for j in range(n) for i in range(j))[n * (n - 1) // 4]
+    twins = {j: i for j in range(n) for i in reversed(range(j)) if _ALIKE * near[i][j] <= usual > 0}
+    repeats = [j for j in twins if j not in longest][:f]
+    bad = sorted((i for i in range(n) if judged[i] < 0 and i not in (*longest, *repeats)), key=lambda i: (judged[i], -i))
+    against = [*longest, *repeats, *bad][: n - _kept(n, f)]
     rest = [i for i in range(n) if i not in against]
     f_left = max(0, f - len(against))
     inner = _multi_krum([[g[i][j] for j in rest] for i in rest], [base[i] for i in rest], f_left, len(rest) - f_left)
@@ -411,6 +419,8 @@ def _veto(g: Gram, base: Sequence[int], f: int, scores: Sequence[int] | None) ->
                 f"{math.sqrt(g[i][i] / middle):.2f} times as long as the median update" if middle else "most updates are zero"
             )
             reasons[i] = f"vetoed: {times}; {_LONG} times is the most"
+        elif i in repeats:
+            reasons[i] = f"vetoed: repeats the update of number {twins[i] + 1} of {n}"
         elif scores is None:
             cosine = -math.sqrt(-judged[i].numerator / judged[i].denominator)
             reasons[i] = f"vetoed: points away from most others, its median cosine with them is {cosine:.2f}"

@@ -346,6 +346,16 @@ def test_scores_decide_where_they_are_given_and_the_best_are_kept() -> None:
     assert many.weights == (0, 0, 0, 0, 1, 1, 1, 1, 1, 1)
 
 
+def test_who_repeats_another_update_has_no_voice_of_its_own() -> None:
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(10, 40)) + 1.0
+    x[7] = x[3] + 1e-3 * rng.normal(size=40)
+    x[9] = x[3]
+    found = choose(spec("veto_multi_krum", 2), gram(x), [1] * 10)
+    assert [i for i, w in enumerate(found.weights) if not w] == [7, 9]
+    assert found.reasons[9] == "vetoed: repeats the update of number 4 of 10"
+
+
 def test_a_veto_of_fewer_than_f_leaves_the_rest_to_krum() -> None:
     x = np.ones((10, 2), dtype=int)
     x[4] = [3, -3]
