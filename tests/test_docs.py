@@ -144,6 +144,8 @@ def test_the_tree_in_the_architecture_is_the_tree_on_disk() -> None:
     for line in tree.splitlines():
         if re.match(r"  [a-z]+/", line):
             folder = line.split("/")[0].strip() + "/"
+        elif nested := re.match(r"    ([a-z]+/) ", line):
+            folder += nested[1]
         elif re.match(r"  \S", line):
             folder = ""
         if re.match(r"\s+[\w]+\.py|\s+[a-z]+/", line):

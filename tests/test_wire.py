@@ -98,7 +98,9 @@ def test_a_damaged_model_file_is_a_state_error_naming_it(tmp_path) -> None:  # t
 
 
 def test_the_bytes_hold_no_pickle() -> None:
-    request = TrainRequest("p", 0, 0.1, "digest", {"w": np.ones(3, np.float32)}, Scaler(np.zeros(1), np.ones(1), np.ones(1), 0.0, 1.0))
+    request = TrainRequest(
+        "p", 0, 0.1, "digest", {"w": np.ones(3, np.float32)}, Scaler(np.zeros(1), np.ones(1), np.ones(1), 0.0, 1.0)
+    )
     data = wire.encode(request)
     assert b"numpy" not in data
     assert data[8:9] == b"{"

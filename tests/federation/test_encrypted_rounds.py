@@ -93,7 +93,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, more: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("kind", [*ROLE_STEPS, TrainRequest, AuditRequest])
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_coordinator_that_crashes_at_any_message_goes_on_bit_identically(tmp_path: Path, kind: type, after: bool) -> None:
     plan = settings(rule=MULTI_KRUM, compression=SKETCH)
     whole = consortium.run(plan, tmp_path / "whole")[1]
@@ -241,7 +241,9 @@ def test_too_few_sites_end_the_run_and_open_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ROLE_STEPS)
-@pytest.mark.parametrize("role", ["aggregator", "auditor", "notary"])
+@pytest.mark.parametrize(
+    "role", ["aggregator", pytest.param("auditor", marks=pytest.mark.slow), pytest.param("notary", marks=pytest.mark.slow)]
+)
 def test_a_role_that_stays_away_stops_the_run_which_goes_on_when_it_is_back(tmp_path: Path, role: str, kind: type) -> None:
     plan = settings(rule=MULTI_KRUM, rounds=2)
     with pytest.raises(RoundFailed, match=role):
