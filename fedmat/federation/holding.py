@@ -52,10 +52,14 @@ class Identity:
 
 
 class Held:
-    """The global model as this site holds it: sent whole once, kept up to date by compressed steps."""
+    """The global model as this site holds it: sent whole, or made from the plan's seed, then kept up to date by steps.
 
-    def __init__(self, plan: Plan, state: Path) -> None:
-        self._plan, self._path = plan, state / MODEL
+    Args:
+        initial: makes the first weights from the number of active features, as the coordinator does.
+    """
+
+    def __init__(self, plan: Plan, state: Path, initial: Callable[[int], Weights]) -> None:
+        self._plan, self._path, self._initial = plan, state / MODEL, initial
         self._model: GlobalModel | None = None
 
     @property
@@ -65,9 +69,10 @@ class Held:
 
     def take(self, request: TrainRequest) -> GlobalModel | None:
         """Returns the model that a request starts from; None where it cannot be made from what this site holds."""
-        if request.weights and request.scaler is not None:
-            self._keep(GlobalModel(request.weights, request.scaler, {}))
         model = self._model or self._read()
+        if request.scaler is not None:
+            weights = request.weights or self._initial(int(request.scaler.active.sum()))
+            model = GlobalModel(weights, request.scaler, {})
         for step in request.steps:
             if model is not None:
                 model = self._stepped(model, step)

@@ -247,6 +247,11 @@ def _refuse_protection(plan: Plan) -> None:
             "plan.compression.name low_rank and plan.personalization.head_steps: the head is trained in another form than it is sent",
             fix="use compression.name: hadamard, or head_steps: 0",
         )
+    if s.compression.name == "low_rank" and s.site_momentum:
+        raise PlanRefused(
+            "plan.compression.name low_rank and plan.site_momentum: last round's update lies along directions this round does not send",
+            fix="use compression.name: hadamard, or site_momentum: 0",
+        )
     if s.contribution.method != "none" and (mode != "trigram" or s.security.ring_bits != 64):
         raise PlanRefused(
             f"plan.contribution.method {s.contribution.method} and plan.security.mode {mode} with ring_bits {s.security.ring_bits}: "

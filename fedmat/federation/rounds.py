@@ -159,9 +159,11 @@ class Asking:
         def request(site: str, *, whole: bool) -> TrainRequest:
             steps = None if whole else self._missed(site)
             extra = each(site, whole=whole) if each else {}
-            key = (steps is None, len(steps or ()), *sorted((k, id(v)) for k, v in extra.items()))
+            key = (whole, steps is None, len(steps or ()), *sorted((k, id(v)) for k, v in extra.items()))
             if key not in shared:  # one request, encoded once, for all sites that need the same
-                body = {"weights": s.weights, "scaler": s.scaler} if steps is None else {"steps": steps}
+                body: dict[str, Any] = {"weights": s.weights, "scaler": s.scaler} if steps is None else {"steps": steps}
+                if steps is None and not whole and self.number == 0 and travels(plan):
+                    body["weights"] = {}  # every site can make the first weights: they follow from the plan's seed
                 shared[key] = dataclasses.replace(plain, **body, **extra)
             return shared[key]
 

@@ -142,8 +142,8 @@ class SiteWorker:
         self._identity = identity
         self._sealing = Sealing(plan, identity, self._state(), site) if identity else None
         self._manifest, self._whole, self._keys = manifest, table, keys
-        self._holding = Held(plan, self._state())
         self._architecture = Architecture.of(plan.model, plan.tasks, plan.settings)
+        self._holding = Held(plan, self._state(), lambda n: self._architecture.initial_weights(n, plan.settings.seed))
         self._take_up(kept_rows(self._state(), table, keys))
         trainer.warm_up()
 

@@ -13,8 +13,9 @@ import pytest
 
 from fedmat import wire
 from fedmat.contribution import gram_shapley
-from fedmat.domain import AttestRequest, EvaluateRequest, Prepared, Sealed, TrainRequest, Update
+from fedmat.domain import Answered, AttestRequest, EvaluateRequest, Prepared, Sealed, TrainRequest, Update
 from fedmat.envelopes import (
+    ROLES,
     ArrivedRequest,
     AuditRequest,
     AuditVote,
@@ -384,3 +385,64 @@ def test_contributions_equal_those_of_the_plain_updates(tmp_path: Path) -> None:
     mapped = np.stack([matrix @ numbers[s] for s in consortium.SEVEN])
     expected = gram_shapley(mapped @ mapped.T, mapped @ residual, [1] * 7, rows=public.rows)
     np.testing.assert_allclose([report.contribution[s] for s in consortium.SEVEN], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["trigram", "masking"])
+def test_no_update_and_no_key_is_anywhere_outside_its_party(tmp_path: Path, mode: str) -> None:
+    """Every message, the coordinator's folder and the roles' folders, searched for updates (as numbers and words) and keys."""
+    messages: dict[str, bytes] = {}
+
+    def watching(party: str) -> Callable[[Handler], Handler]:
+        def wrap(handle: Handler) -> Handler:
+            def answer(data: bytes) -> bytes:
+                reply = handle(data)
+                messages[f"{party} {len(messages)}"] = data + reply
+                return reply
+
+            return answer
+
+        return wrap
+
+    plan = settings(security={"mode": mode, "clip": 5.0}, rounds=2)
+    parties = (*consortium.SEVEN, *(ROLES if mode == "trigram" else ()))
+    consortium.run(plan, tmp_path, {p: watching(p) for p in parties})
+    updates: dict[str, bytes] = {}
+    for site in consortium.SEVEN:
+        for path in (tmp_path / "sites" / site).glob("state/*/sealed/*/*.safetensors"):
+            kept = wire.decode(path.read_bytes(), Prepared | Answered)
+            raw = kept.numbers.tobytes() if isinstance(kept, Prepared) else kept.words.tobytes()
+            updates |= {f"{site} {path.stem} {at}": raw[at : at + 24] for at in (0, 40, len(raw) - 24)}
+    keys = {
+        f"{p} {f}": consortium.key_folder(tmp_path, p) / f
+        for p in (*consortium.SEVEN, *ROLES)
+        for f in ("signing.key", "sealing.key")
+    }
+    secrets = {name: bytes.fromhex(path.read_text().split()[1]) for name, path in keys.items()}
+    outside = messages | {
+        str(p): p.read_bytes()
+        for part in ("run", "roles")
+        for p in (tmp_path / part).rglob("*")
+        if p.is_file() and "keys" not in p.parts
+    }
+    assert len(updates) == 7 * 2 * 2 * 3 and len(secrets) == 20 and len(outside) > 50
+    for name, needle in (updates | secrets).items():
+        for place, data in outside.items():
+            assert needle not in data and needle.hex().encode() not in data, f"{name} is in {place}"
+    inside = b"".join(p.read_bytes() for p in (tmp_path / "sites").rglob("*") if p.is_file())
+    assert all(needle in inside for needle in updates.values())  # the search finds what is there
+
+
+@pytest.mark.parametrize("mode", ["none", "trigram"])
+def test_a_site_that_lost_its_model_is_sent_it_whole_and_nothing_else_changes(tmp_path: Path, mode: str) -> None:
+    plan = settings(security={"mode": mode, "clip": 5.0}, compression=SKETCH)
+    whole_reports, whole = consortium.run(plan, tmp_path / "whole")
+    consortium.run(plan, tmp_path / "lost", stop=1)
+    for path in (tmp_path / "lost" / "sites" / "ash").glob("state/*/held.safetensors"):
+        path.unlink()
+    reports, model = consortium.run(plan, tmp_path / "lost")
+    assert digest(whole) == digest(model)
+    second, usual = reports[0], whole_reports[1]
+    assert second.bytes_down["ash"] > usual.bytes_down["ash"]
+    assert {s: b for s, b in second.bytes_down.items() if s != "ash"} == {
+        s: b for s, b in usual.bytes_down.items() if s != "ash"
+    }
