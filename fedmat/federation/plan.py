@@ -196,10 +196,10 @@ def _refuse_protection(plan: Plan) -> None:
     if s.quorum <= n:
         robust.refuse(rule, s.quorum)  # what may answer, not what was invited
     compression.refuse(s.compression, mode)
-    if mode != "none" and n < MIN_SITES and s.privacy.unit == "none":
+    if mode != "none" and n < MIN_SITES:
         raise PlanRefused(
             f"plan.security.mode {mode} and {n} sites: from a sum over so few, members read each other",
-            fix=f"have {MIN_SITES} sites or more, or set plan.privacy.unit: record",
+            fix=f"have {MIN_SITES} sites or more, or security.mode: none with plan.privacy.unit: record",
         )
     if mode != "none" and s.quorum < robust.MIN_SELECTED:
         raise PlanRefused(

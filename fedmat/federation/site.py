@@ -66,7 +66,7 @@ from fedmat.envelopes import (
     UnmaskRequest,
     WitnessRequest,
 )
-from fedmat.errors import PlanRefused, SiteRefused
+from fedmat.errors import PlanRefused, SiteRefused, StateError
 from fedmat.features.table import TEST, TRAIN, VALIDATION, FeatureTable
 from fedmat.federation import rounds, settlement
 from fedmat.federation.evaluation import evaluate, residual_sums
@@ -84,6 +84,8 @@ from fedmat.transport.compression import with_feedback
 from fedmat.weights import Vector, Weights
 
 REMOVAL = "removal.safetensors"  # in a site's state: keys of training rows that it leaves out
+_KEPT = 4  # rounds whose state a site keeps: a run goes on from its last checkpoint, which is at most one round behind
+_BETWEEN_ROUNDS = ("control", "private", "momentum", "unsent", "settled")
 LEDGER = Path("privacy/ledger.jsonl")  # in a site's workspace: what training has cost of its privacy budget, over all runs
 RELEASED = "released.safetensors"  # in a site's state: the last update that noise was added to
 SETTLED = "settled.once"  # in a site's state: what it gave for the one settlement of a plan
@@ -242,6 +244,7 @@ class SiteWorker:
         )
 
     def _statistics(self) -> Statistics:
+        self._forget()  # asked at the start of a run and at no resumption: what an earlier run left does not count
         part = self.table.part(TRAIN)
         return column_sums(self.site, part.x, part.y)
 
@@ -606,8 +609,21 @@ class SiteWorker:
             found = self._state().glob(f"{each}-*.safetensors") if each else ()
             kept |= {int(m[1]): p for p in found if (m := re.search(r"-(\d+)\.", p.name))}
         earlier = [r for r in kept if r < before]
+        if kept and before and not earlier:
+            raise StateError(
+                f"site {self.site}: what it knew before round {before + 1} is gone; it keeps {_KEPT} rounds",
+                fix="start afresh with --fresh",
+            )
         return wire.decode(kept[max(earlier)].read_bytes(), Update).delta if earlier else {}
 
     def _keep(self, kind: str, number: int, weights: Weights) -> None:
         message = Update(self.site, number, self.plan.sha256, "", weights)
         files.write_atomic(self._state() / f"{kind}-{number:05d}.safetensors", wire.encode(message))
+        for path in self._state().glob(f"{kind}-*.safetensors"):
+            if int(path.stem.rpartition("-")[2]) < number - _KEPT:
+                path.unlink()
+
+    def _forget(self) -> None:
+        for kind in _BETWEEN_ROUNDS:
+            for path in self._state().glob(f"{kind}-*.safetensors"):
+                path.unlink()
