@@ -170,7 +170,7 @@ class Compression(Settings):
     """How few numbers an update becomes: linear, by public random numbers fixed when the last model was."""
 
     name: Literal["none", "low_rank", "hadamard", "random_k"] = "none"
-    share: float = Field(0.035, gt=0, le=1, description="numbers sent, as a share of the model's")
+    share: float = Field(0.033, gt=0, le=1, description="numbers sent, as a share of the model's")
     feedback: float = Field(
         0.9, ge=0, le=1, description="share of what was not sent that a site adds to its next update (not low_rank)"
     )
