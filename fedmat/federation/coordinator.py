@@ -111,6 +111,12 @@ class Coordinator:
         while state.next_round < self.plan.settings.rounds:
             try:
                 report, state = self._round(combining, Asking(replay or engine, self.plan, state, tuple(self.attestations)))
+            except rounds.ExchangesSpent as error:
+                state = dataclasses.replace(state, exchange=error.next_exchange)
+                files.write_atomic(self.folder / CHECKPOINT, wire.encode(state))
+                if replay:
+                    replay.forget()
+                raise
             except rounds.QuorumMissed:
                 if replay:
                     replay.forget(failures=True)

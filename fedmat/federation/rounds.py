@@ -54,9 +54,21 @@ from fedmat.weights import Vector, Weights
 COMPRESSED = "compressed"  # the one tensor of a compressed update
 REFERENCE = "reference"  # the party that holds the consortium's reference rows
 SILENT = "silent"  # a site that did not say what it found
-_ROUND_OPENED = "round_opened"  # a role's reason where a sum of the round was opened before
+_OPENED_BEFORE = ("round_opened", "second_opening")  # reasons of a party that has helped to open a sum of the round before
+_NOT_AS_SHOWN = "canary, and what was opened is not what it shows: a role lied, or the site"
+_NO_VOTES: tuple[AuditVote, ...] = ()
 _AWAY = ("crashed", "late", "unreachable")  # how an answer begins of a party that may be back later
 KEPT_STEPS = 5  # a site that missed more rounds gets the whole model
+
+
+class ExchangesSpent(RoundFailed):
+    """A round had all its tries and nothing was opened; the next run begins with fresh ones.
+
+    Attributes:
+        next_exchange: number of the next encrypted exchange.
+    """
+
+    next_exchange = 0
 
 
 class QuorumMissed(RoundFailed):
@@ -141,6 +153,7 @@ class Asking:
         self.bytes_up = dict.fromkeys(self.sites, 0)
         self.seconds = dict.fromkeys(self.sites, 0.0)
         self.parties: dict[str, int] = {}
+        self.notes: dict[str, str] = {}  # site -> what a canary of this round found
         self.requests: dict[str, str] = {}  # site -> digest of the request it answered
 
     def train(
@@ -409,6 +422,73 @@ class Encrypted(Combining):
                 sealed[d.site] = a
         return sealed, dropouts, rejections
 
+    def combine(self, asking: Asking) -> Outcome:
+        """See :class:`Combining`. A canary does not count as a try."""
+        number, canaries, troubles = asking.state.exchange, _NO_VOTES, list[str]()
+        public_map = self._reference(asking)
+        while len(troubles) < self.plan.settings.security.exchanges:
+            header = self.header(asking, number, public_map)
+            number += 1
+            try:
+                found = self._exchange(asking, header, public_map, canaries)
+            except ExchangeFailed as error:
+                if error.reason == "role_failed" and error.detail.startswith(_AWAY):
+                    raise RoundFailed(  # it may come back: answers so far are kept, and nothing is asked for twice
+                        f"round {asking.number + 1}: {error.what}",
+                        fix=f"start the {error.role} again, then run again: it goes on",
+                    ) from None
+                if error.opened or any(why in error.detail for why in _OPENED_BEFORE):
+                    return self._void(asking, header, error.what, error.guilty)
+                troubles.append(error.what)
+            except ProtocolError as error:
+                if any(why in error.what for why in _OPENED_BEFORE):
+                    return self._void(asking, header, error.what)
+                troubles.append(error.what)
+            else:
+                if isinstance(found, Outcome):
+                    return found
+                canaries = found
+        spent = ExchangesSpent(
+            f"round {asking.number + 1}: no exchange came to an end: " + "; ".join(dict.fromkeys(troubles)),
+            fix="mend what is named and run again; raise plan.security.exchanges for more tries",
+        )
+        spent.next_exchange = number
+        raise spent
+
+    @abc.abstractmethod
+    def _exchange(
+        self, asking: Asking, header: Header, public_map: envelopes.PublicMap | None, canaries: tuple[AuditVote, ...]
+    ) -> Outcome | tuple[AuditVote, ...]:
+        """Returns what one exchange came to; or the members' votes, where they declared it a canary.
+
+        Raises:
+            ProtocolError: it came to nothing.
+        """
+
+    def _reference(self, asking: Asking) -> envelopes.PublicMap | None:
+        """Returns the round's public map, in rounds whose contributions the plan looks at."""
+        wanted = self.plan.settings.contribution
+        if wanted.method == "none" or asking.number % wanted.every:
+            return None
+        request = ReferenceRequest(self.plan.sha256, asking.number, asking.state.weights, asking.state.scaler)
+        answer = asking.send({REFERENCE: request})[REFERENCE]
+        if not isinstance(answer, envelopes.PublicMap):
+            detail = answer.detail if isinstance(answer, Dropout | Rejection) else type(answer).__name__
+            raise RoundFailed(
+                f"round {asking.number + 1}: the reference party gave no map ({detail})",
+                fix="bring it back and run again, or set plan.contribution.method: none",
+            )
+        return answer
+
+    def _void(self, asking: Asking, header: Header, what: str, guilty: Sequence[str] = ()) -> Outcome:
+        """A round of which something was opened that cannot be used: its updates are never sent again, the next one goes on."""
+        blamed = [Rejection(s, "wrapped", "its update does not fit into the ring") for s in guilty]
+        silent = [Dropout(s, "unreachable", f"the round was given up: {what}") for s in asking.sites if s not in guilty]
+        return Outcome(
+            None, None, {}, asking.totals(()), tuple(silent), tuple(blamed), evidence={"header": wire.digest(header)},
+            parties=asking.parties, exchange=header.exchange, next_exchange=header.exchange + 1, clip=header.clip,
+        )  # fmt: skip
+
     def outcome(
         self,
         asking: Asking,
@@ -430,76 +510,29 @@ class Encrypted(Combining):
 class Trigram(Encrypted):
     """Three roles open the updates' Gram matrix and one selected sum, and nothing else."""
 
-    def combine(self, asking: Asking) -> Outcome:
-        """See :class:`Combining`."""
-        exchange, public_map = Exchange(self.charter, asking.send), self._reference(asking)
-        canaries: tuple[AuditVote, ...] = ()
-        troubles: list[str] = []
-        canary_notes: dict[str, str] = {}
-        for number in range(asking.state.exchange, asking.state.exchange + self.plan.settings.security.exchanges):
-            header = self.header(asking, number, public_map)
-            try:
-                consents = exchange.announce(header, canaries)
-                deliveries = asking.train(lambda _, h=header, c=consents, **__: {"header": h, "consents": c})
-                sealed, dropouts, rejections = self.read(deliveries, Submission)
-                self.need_quorum(sealed, asking, [*dropouts, *rejections])
-                submissions = {s: m.content for s, m in sealed.items() if isinstance(m.content, Submission)}
-                combined = exchange.combine(header, submissions, public_map)
-            except ExchangeFailed as error:
-                if error.reason == "role_failed" and error.detail.startswith(_AWAY):
-                    raise RoundFailed(  # it may come back: answers so far are kept, and nothing is asked for twice
-                        f"round {asking.number + 1}: {error.what}",
-                        fix=f"start the {error.role} again, then run again: it goes on",
-                    ) from None
-                if error.opened or _ROUND_OPENED in error.detail:
-                    return self._void(asking, header, error)
-                troubles.append(error.what)
-                continue
-            rejections += [Rejection(s, "protocol", why) for s, why in combined.refused.items()]
-            votes = exchange.audit(header, combined)
-            canaries = tuple(v for v in votes.values() if isinstance(v, AuditVote) and len(v.canary))
-            if canaries:
-                shown = proven(self.charter, header, combined.sites, combined.gram, canaries)
-                false = "canary, and what was opened is not what it shows: a role lied, or the site"
-                canary_notes = {v.site: "canary" if v.site in shown else false for v in canaries}
-                continue
-            weights = {s: w for s, w in zip(combined.sites, combined.weights, strict=True) if w}
-            return self.outcome(
-                asking, deliveries, combined.total, weights, header, dropouts=tuple(dropouts), rejections=tuple(rejections),
-                sealed=sealed, excluded=dict(combined.excluded),
-                audits=_findings(votes) | {s: why for s, why in canary_notes.items() if why != "canary"},
-                evidence=_evidence(header, combined), clip=self._next_clip(header, combined),
-                contribution=_contribution(header, combined, public_map),
-            )  # fmt: skip
-        raise RoundFailed(
-            f"round {asking.number + 1}: no exchange came to an end: " + "; ".join(troubles),
-            fix="bring the named role or site back and run again: it goes on from where it stopped",
-        )
-
-    def _reference(self, asking: Asking) -> envelopes.PublicMap | None:
-        """Returns the round's public map, in rounds whose contributions the plan looks at."""
-        wanted = self.plan.settings.contribution
-        if wanted.method == "none" or asking.number % wanted.every:
-            return None
-        request = ReferenceRequest(self.plan.sha256, asking.number, asking.state.weights, asking.state.scaler)
-        answer = asking.send({REFERENCE: request})[REFERENCE]
-        if not isinstance(answer, envelopes.PublicMap):
-            detail = answer.detail if isinstance(answer, Dropout | Rejection) else type(answer).__name__
-            raise RoundFailed(
-                f"round {asking.number + 1}: the reference party gave no map ({detail})",
-                fix="bring it back and run again, or set plan.contribution.method: none",
-            )
-        return answer
-
-    def _void(self, asking: Asking, header: Header, error: ExchangeFailed) -> Outcome:
-        """A round of which something was opened that cannot be used: its updates are never sent again, the next one goes on."""
-        guilty = [Rejection(s, "wrapped", "its update does not fit into the ring") for s in error.guilty]
-        silent = [
-            Dropout(s, "unreachable", f"the round was given up: {error.what}") for s in asking.sites if s not in error.guilty
-        ]
-        return Outcome(
-            None, None, {}, asking.totals(()), tuple(silent), tuple(guilty), evidence={"header": wire.digest(header)},
-            parties=asking.parties, exchange=header.exchange, next_exchange=header.exchange + 1, clip=header.clip,
+    def _exchange(
+        self, asking: Asking, header: Header, public_map: envelopes.PublicMap | None, canaries: tuple[AuditVote, ...]
+    ) -> Outcome | tuple[AuditVote, ...]:
+        exchange = Exchange(self.charter, asking.send)
+        consents = exchange.announce(header, canaries)
+        deliveries = asking.train(lambda _, **__: {"header": header, "consents": consents})
+        sealed, dropouts, rejections = self.read(deliveries, Submission)
+        self.need_quorum(sealed, asking, [*dropouts, *rejections])
+        submissions = {s: m.content for s, m in sealed.items() if isinstance(m.content, Submission)}
+        combined = exchange.combine(header, submissions, public_map)
+        rejections += [Rejection(s, "protocol", why) for s, why in combined.refused.items()]
+        votes = exchange.audit(header, combined)
+        declared = tuple(v for v in votes.values() if isinstance(v, AuditVote) and len(v.canary))
+        if declared:
+            shown = proven(self.charter, header, combined.sites, combined.gram, declared)
+            asking.notes |= {v.site: _NOT_AS_SHOWN for v in declared if v.site not in shown}
+            return declared
+        weights = {s: w for s, w in zip(combined.sites, combined.weights, strict=True) if w}
+        return self.outcome(
+            asking, deliveries, combined.total, weights, header, dropouts=tuple(dropouts), rejections=tuple(rejections),
+            sealed=sealed, excluded=dict(combined.excluded), audits=_findings(votes) | asking.notes,
+            evidence=_evidence(header, combined), clip=self._next_clip(header, combined),
+            contribution=_contribution(header, combined, public_map),
         )  # fmt: skip
 
     def _next_clip(self, header: Header, combined: Combined) -> float:
@@ -512,20 +545,9 @@ class Trigram(Encrypted):
 class Masking(Encrypted):
     """Pairwise masks that cancel in the sum (Bonawitz et al., CCS 2017): no role is needed, and no update can be judged."""
 
-    def combine(self, asking: Asking) -> Outcome:
-        """See :class:`Combining`."""
-        number, troubles = asking.state.exchange, []
-        for number in range(asking.state.exchange, asking.state.exchange + self.plan.settings.security.exchanges):
-            try:
-                return self._exchange(asking, self.header(asking, number))
-            except ProtocolError as error:
-                troubles.append(error.what)
-        raise RoundFailed(
-            f"round {asking.number + 1}: no exchange came to an end: " + "; ".join(troubles),
-            fix="bring the missing sites back and run again",
-        )
-
-    def _exchange(self, asking: Asking, header: Header) -> Outcome:
+    def _exchange(
+        self, asking: Asking, header: Header, public_map: envelopes.PublicMap | None, canaries: tuple[AuditVote, ...]
+    ) -> Outcome:
         plan_sha256, server = self.plan.sha256, MaskingServer(self.charter, masking_threshold(self.plan))
         failures: dict[str, Dropout | Rejection] = {}
 
@@ -534,7 +556,11 @@ class Masking(Encrypted):
             failures.update({s: a for s, a in found.items() if isinstance(a, Dropout | Rejection)})
             return [a for a in found.values() if isinstance(a, kind)]
 
-        keys = server.check_keys(header, ask(asking.sites, envelopes.MaskKeysRequest(plan_sha256, header), envelopes.MaskKeys))
+        given = ask(asking.sites, envelopes.MaskKeysRequest(plan_sha256, header), envelopes.MaskKeys)
+        told_before = [f.detail for f in failures.values() if any(why in f.detail for why in _OPENED_BEFORE)]
+        if told_before:  # the sites have helped to open a sum of this round, and will not help to open another
+            raise ProtocolError("second_opening", told_before[0])
+        keys = server.check_keys(header, given)
         held = [k.site for k in keys]
         shares = ask(held, envelopes.MaskSharesRequest(plan_sha256, header, keys), envelopes.MaskShares)
         routed = server.route(shares)
@@ -564,20 +590,9 @@ class Masking(Encrypted):
 class Ckks(Encrypted):
     """Updates under the key of a key holder who is neither a member nor the coordinator; only sums are decrypted."""
 
-    def combine(self, asking: Asking) -> Outcome:
-        """See :class:`Combining`."""
-        number, troubles = asking.state.exchange, []
-        for number in range(asking.state.exchange, asking.state.exchange + self.plan.settings.security.exchanges):
-            try:
-                return self._exchange(asking, self.header(asking, number))
-            except ProtocolError as error:
-                troubles.append(error.what)
-        raise RoundFailed(
-            f"round {asking.number + 1}: no exchange came to an end: " + "; ".join(troubles),
-            fix="bring the key holder or the missing sites back and run again",
-        )
-
-    def _exchange(self, asking: Asking, header: Header) -> Outcome:
+    def _exchange(
+        self, asking: Asking, header: Header, public_map: envelopes.PublicMap | None, canaries: tuple[AuditVote, ...]
+    ) -> Outcome:
         plan_sha256 = self.plan.sha256
         raw = self._holder(asking, envelopes.KeyHolderRequest(plan_sha256, self.run), envelopes.KeyHolderContext).context
         context = ckks.open_context(raw.tobytes(), self.charter, header)

@@ -234,6 +234,41 @@ def test_masked_rounds_survive_two_lost_sites_at_any_step(tmp_path: Path, kind: 
     assert len(reports) == 3 and all(len(r.shares) >= 5 for r in reports)
 
 
+def test_a_round_whose_tries_are_spent_opens_nothing_and_is_tried_afresh_by_the_next_run(tmp_path: Path) -> None:
+    plan = settings(rule=MULTI_KRUM, rounds=2)
+
+    def garbling(handle: Handler) -> Handler:
+        def answer(data: bytes) -> bytes:
+            reply = handle(data)
+            message = wire.decode(reply, object)
+            if isinstance(message, Sealed):
+                masked = np.array(message.content.masked)
+                masked[0] ^= 1
+                return wire.encode(dataclasses.replace(message, content=dataclasses.replace(message.content, masked=masked)))
+            return reply
+
+        return answer
+
+    opened: list[int] = []
+
+    def watching(handle: Handler) -> Handler:
+        def answer(data: bytes) -> bytes:
+            message = wire.decode(data, object)
+            if isinstance(message, OpenRequest):
+                opened.append(message.header.exchange)
+            return handle(data)
+
+        return answer
+
+    bad = dict.fromkeys(("ash", "birch", "cedar"), garbling)
+    with pytest.raises(RoundFailed, match="too_few"):
+        consortium.run(plan, tmp_path, {**bad, "notary": watching})
+    assert not opened
+    reports, model = consortium.run(plan, tmp_path, {"notary": watching})
+    assert [r.exchange for r in reports] == opened == [3, 4]
+    assert digest(model) == digest(consortium.run(plan, tmp_path / "whole")[1])
+
+
 def test_too_few_sites_end_the_run_and_open_nothing(tmp_path: Path) -> None:
     bad = dict.fromkeys(("ash", "birch", "cedar"), failing(TrainRequest))
     with pytest.raises(RoundFailed, match="quorum is 5"):
