@@ -91,7 +91,7 @@ def test_consortium_and_its_sites_load_and_agree(path: Path) -> None:
 
 
 def test_every_example_says_that_one_operator_holds_its_data_and_that_its_companies_are_invented() -> None:
-    assert len(CONSORTIA) == 11
+    assert len(CONSORTIA) == 12
     for path in CONSORTIA:
         consortium = load_consortium(path)
         assert consortium.simulated
