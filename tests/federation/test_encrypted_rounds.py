@@ -318,6 +318,27 @@ def test_canary_rounds_test_the_roles_and_leave_the_model_as_it_was(tmp_path: Pa
         np.testing.assert_array_equal(with_canaries.weights[name], tensor)
 
 
+def test_a_site_tells_of_a_canary_only_after_the_roles_have_signed_what_they_opened(tmp_path: Path) -> None:
+    plan = settings(security={**TRIGRAM, "canary_rate": 0.5}, rounds=6)
+    asked: list[AuditVote] = []
+
+    def impatient(handle: Handler) -> Handler:
+        def answer(data: bytes) -> bytes:
+            request = wire.decode(data, object)
+            if isinstance(request, AuditRequest):
+                bad = tuple(dataclasses.replace(c, signature=np.zeros(64, np.uint8)) for c in request.confirmations)
+                forged = wire.decode(handle(wire.encode(dataclasses.replace(request, confirmations=bad))), AuditVote)
+                true = wire.decode(handle(data), AuditVote)
+                if len(true.canary):
+                    asked.append(forged)
+            return handle(data)
+
+        return answer
+
+    consortium.run(plan, tmp_path, {"ash": impatient})
+    assert asked and all(not len(v.canary) and not v.agrees for v in asked)
+
+
 # --- what a plan permits ----------------------------------------------------------------------------------------------
 
 

@@ -86,7 +86,7 @@ def audit(
 
     Args:
         words: what the site submitted under the request's header.
-        canary_seed: shown in the vote where the exchange was a canary.
+        canary_seed: shown in the vote where the exchange was a canary and the roles have confirmed its sum.
 
     Raises:
         ProtocolError: bad_header, wrong_length: the request cannot be about this update.
@@ -98,15 +98,16 @@ def audit(
     try:
         messages.check_header(header, charter)
         _check(request, charter, keys.name, digest, words)
-        detail = ""
+        detail, opened = "", True
     except ProtocolError as error:
-        detail = error.what
+        detail, opened = error.what, error.reason in ("wrong_square", "wrong_product")
     vote = AuditVote(
         site=keys.name,
         header_sha256=digest.hex(),
         agrees=not detail,
         detail=detail,
-        canary=no_bytes() if canary_seed is None else blob(canary_seed),
+        # Shown only after all roles have signed what they opened: a courier that could ask before would warn them.
+        canary=blob(canary_seed) if canary_seed and opened else no_bytes(),
     )
     signature = keys.sign(messages.signed_bytes(vote, digest))
     return AuditVote(vote.site, vote.header_sha256, vote.agrees, vote.detail, vote.canary, blob(signature))
