@@ -120,23 +120,7 @@ def trust(
     if as_json:
         console.write_json(result)
         return
-    console.show_rows(
-        "ten members, two hostile",
-        (
-            "consortium",
-            "rule",
-            "attack",
-            "error",
-            "to clean",
-            "to absent",
-            "to clean mean",
-            "hostile weight",
-            "honest left out",
-        ),
-        trust_bench.attack_rows(result),
-    )
-    console.show_rows(
-        "encrypted and small, against plain",
-        ("consortium", "rounds", "error", "to plain", "up", "down", "bytes to roles"),
-        trust_bench.small_rows(result),
-    )
+    if rows := trust_bench.attack_rows(result):
+        console.show_rows("ten members, two hostile", trust_bench.ATTACK_COLUMNS, rows)
+    if rows := trust_bench.small_rows(result):
+        console.show_rows("encrypted and small, against plain", trust_bench.SMALL_COLUMNS, rows)

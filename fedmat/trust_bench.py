@@ -27,8 +27,18 @@ ATTACKS = ("none", ABSENT, "sign_flip", "scaling", "label_flip", "alie", "ipm", 
 RULES = ("mean", "multi_krum", "geometric_median", "trimmed_mean", "veto_multi_krum")
 PLAIN, MORE = "plain", 3
 DEFAULT_RULE = "veto_multi_krum"
-WITHIN = 1.05  # of the clean run's error
-SMALL, CLOSE = 0.05, 1.01  # bytes and error of an encrypted compressed run, against plain FedAvg
+ATTACK_COLUMNS = (
+    "consortium",
+    "rule",
+    "attack",
+    "error",
+    "to clean",
+    "to absent",
+    "to clean mean",
+    "hostile weight",
+    "honest left out",
+)
+SMALL_COLUMNS = ("consortium", "rounds", "error", "to plain", "up", "down", "bytes to roles")
 
 
 @dataclass(frozen=True)
