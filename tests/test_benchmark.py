@@ -240,8 +240,8 @@ def test_a_shared_row_is_trained_on_once_in_every_arm(suite: Path, tmp_path: Pat
     from fedmat.features.table import TEST
 
     run = pipeline.open_run(file, home=job.home)
-    plan = run.plan()
-    kept = benchmark._without_duplicates(run, dataclasses.replace(plan, settings=plan.settings))
+    run.plan()
+    kept = benchmark.deduplicated(run)
     whole = {s: pipeline.site_table(run, s) for s in run.sites}
     assert sum(map(len, kept.values())) < sum(map(len, whole.values()))
     for site in run.sites:

@@ -270,7 +270,10 @@ class Coordinator:
         server = {k: v for k, v in state.server.items() if k not in (_AVERAGE, _CLIP)}
         weights, control = state.weights, state.control
         if found.mean is not None:
-            step, server = self._rule.finish(found.mean, server)
+            if found.step is not None:  # as the sites make it: another order of the same products ends in other bits
+                step = asking.compressor.expand(found.step.vector())
+            else:
+                step, server = self._rule.finish(found.mean, server)
             weights = rounds.advance(weights, step)
             if control:  # SCAFFOLD, Algorithm 1 line 17: plain mean, scaled by the share of sites taking part
                 sites = sorted(found.updates)
