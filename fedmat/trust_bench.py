@@ -149,7 +149,7 @@ def measure(cell: Cell, tables: Mapping[str, Any], out: Path) -> dict[str, Any]:
     result = run(
         cell.plan,
         tables,
-        out / "work" / f"{cell.kind}-{cell.arm}-{cell.attack}-{cell.seed}",
+        out / "work" / f"{path.parent.name}-{path.stem}",
         attack=cell.attack,
         hostile=hostile,
     )
