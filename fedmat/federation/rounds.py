@@ -416,7 +416,7 @@ class Encrypted(Combining):
                 rejections.append(a)
             elif not isinstance(a, Sealed) or not isinstance(a.content, kind):
                 rejections.append(Rejection(d.site, "malformed", f"answered an encrypted round with {type(a).__name__}"))
-            elif d.site not in (a.site,) or a.content.site != d.site:
+            elif d.site != a.site or d.site != a.content.site:
                 rejections.append(Rejection(d.site, "wrong_site", "answers in another site's name"))
             else:
                 sealed[d.site] = a
