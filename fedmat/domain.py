@@ -323,14 +323,12 @@ class Answered:
     Attributes:
         words: the update as ring elements.
         canary: seed of ``words`` where the exchange is a canary; else empty.
-        state: what a masked round needs to go on.
     """
 
     header_sha256: str
     sealed: Sealed
     words: Blob
     canary: Blob
-    state: Blob
 
 
 OwnArm = Literal["local", "finetuned", "ditto", "personal"]

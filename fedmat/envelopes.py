@@ -20,6 +20,11 @@ Blob = NDArray[np.uint8]
 RoleName = Literal["aggregator", "auditor", "notary"]
 ROLES: tuple[RoleName, ...] = ("aggregator", "auditor", "notary")
 
+# Floors that plans, roles and sites each enforce for themselves; nobody's word about them counts.
+FEWEST_SITES = 5  # fewer members read each other from an opened sum, whatever protects it on the way
+MOST_OVER_MEAN = 4  # a site's weight, in mean weights of those that count: else "a sum" is one site's update
+MOST_WEIGHT = 1 << 15  # of all weights together: what a sum of ring elements has room for
+
 
 def no_bytes() -> Blob:
     """Returns an empty blob."""

@@ -21,7 +21,7 @@ import numpy as np
 
 from fedmat import attacks, keys
 from fedmat.config import PlanSettings
-from fedmat.domain import Array, GlobalModel, Prepared, RoundReport, TrainRequest
+from fedmat.domain import GlobalModel, Prepared, RoundReport, TrainRequest
 from fedmat.envelopes import ROLES, Header, Submission
 from fedmat.errors import SiteRefused
 from fedmat.features.table import TEST, FeatureTable, concatenate
@@ -48,7 +48,6 @@ class Result:
         mae: of the final global model on all members' test rows, transformed target's unit.
         hostile_share: mean share of the global step that hostile members got, over the rounds.
         wrongly_excluded: share of (honest member, round) in which it was left out.
-        backdoor: mean error on the rows a backdoor is aimed at.
         bytes_up, bytes_down: a round's mean, all sites, everything included.
         role_bytes: a round's mean to and from the roles.
     """
@@ -90,7 +89,6 @@ class _Minds:
     """What the hostile members know of a round: every honest member's numbers."""
 
     honest: dict[int, dict[str, Vector]] = field(default_factory=dict)
-    previous: Vector | None = None
 
 
 class ObservedWorker(SiteWorker):
@@ -245,9 +243,3 @@ def vary(plan: Plan, **settings: object) -> Plan:
     for name, value in settings.items():
         body[name] = {**body[name], **value} if isinstance(value, dict) and isinstance(body.get(name), dict) else value
     return dataclasses.replace(plan, settings=PlanSettings.model_validate(body))
-
-
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Returns mean and standard error over seeds."""
-    found: Array = np.asarray(values, dtype=np.float64)
-    return float(found.mean()), float(found.std(ddof=1) / np.sqrt(len(found))) if len(found) > 1 else float("nan")

@@ -39,15 +39,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmat.config import RuleSpec
+from fedmat.envelopes import MOST_OVER_MEAN, MOST_WEIGHT
 from fedmat.errors import PlanRefused, ProtocolError
 from fedmat.weights import Vector
 
 Gram = Sequence[Sequence[int]]
 
-WEIGHT_BOUND = 1 << 15  # of all weights together: what an encrypted sum has room for
+WEIGHT_BOUND = MOST_WEIGHT
 SCALE = 1 << 10  # of weights that are no whole numbers by themselves
 MIN_SELECTED = 4  # fewer updates are not opened as a sum: a member would see the sum of two others
-MOST_OVER_MEAN = 4  # a site's weight, in mean weights of those that count: a sum with one large weight is one site's update
 CLEAR_ONLY = frozenset({"coordinate_median", "trimmed_mean"})
 GRAM_RULES = frozenset(
     {

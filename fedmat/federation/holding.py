@@ -142,7 +142,7 @@ class Sealing:
         words = trigram.canary_words(canary, header) if canary else self.words(header, found.numbers)
         content = self._protected(request, header, found, words)
         sealed = Sealed(self._site, content, found.train_loss, found.validation)
-        kept = Answered(wire.digest(header), sealed, _blob(words.tobytes()), _blob(canary), _blob(b""))
+        kept = Answered(wire.digest(header), sealed, _blob(words.tobytes()), _blob(canary))
         files.write_atomic(self._path("answered", header, header.exchange), wire.encode(kept))
         self._forget(header)
         return sealed

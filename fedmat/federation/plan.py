@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from fedmat import files
 from fedmat.aggregation import robust
 from fedmat.config import Admission, ConsortiumConfig, FeatureSpec, ModelSpec, PlanSettings, Splits, Task
+from fedmat.envelopes import FEWEST_SITES, MOST_OVER_MEAN
 from fedmat.errors import PlanRefused
 from fedmat.privacy import mechanisms
 from fedmat.transport import compression
 
-MIN_SITES = 5  # fewer members read each other from an opened sum, whatever protects it on the way
+MIN_SITES = FEWEST_SITES
 _A_SMALL_UPDATE = 5000  # numbers of an update, for the sum that shows why privacy of whole sites is refused
 
 
@@ -227,10 +228,10 @@ def _refuse_protection(plan: Plan) -> None:
             f"plan.security.mode trigram and plan.rule.name {rule.name}: it needs every coordinate of every update",
             fix=f"use one of {', '.join(sorted(robust.GRAM_RULES))}, which need inner products only",
         )
-    if mode != "none" and s.site_weights == "rows" and s.max_weight_share * least > robust.MOST_OVER_MEAN:
+    if mode != "none" and s.site_weights == "rows" and s.max_weight_share * least > MOST_OVER_MEAN:
         raise PlanRefused(
             f"plan.site_weights rows, plan.max_weight_share {s.max_weight_share} and a sum of {least} sites: one update could stand out",
-            fix=f"set plan.max_weight_share to at most {robust.MOST_OVER_MEAN / least:.2f}",
+            fix=f"set plan.max_weight_share to at most {MOST_OVER_MEAN / least:.2f}",
         )
     if s.algorithm == "scaffold" and (mode != "none" or s.compression.name != "none" or s.site_momentum or rule.name != "mean"):
         raise PlanRefused(

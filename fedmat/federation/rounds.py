@@ -21,7 +21,7 @@ import numpy as np
 from fedmat import envelopes, files, wire
 from fedmat import weights as wts
 from fedmat.aggregation import robust
-from fedmat.aggregation.linear import equal_shares, row_shares
+from fedmat.aggregation.linear import LinearRule, equal_shares, row_shares
 from fedmat.contribution import gram_shapley
 from fedmat.domain import (
     Attestation,
@@ -181,10 +181,10 @@ class Asking:
             return shared[key]
 
         first = {site: request(site, whole=False) for site in sites}
-        found = {d.site: d for d in self.scatter(first)}
+        found = {d.site: d for d in self._ask(first)}
         lacking = [site for site, d in found.items() if isinstance(d.answer, NeedModel)]
         again = {site: request(site, whole=True) for site in lacking}
-        found |= {d.site: d for d in self.scatter(again)} if again else {}
+        found |= {d.site: d for d in self._ask(again)} if again else {}
         self.requests = {site: wire.digest(again.get(site, first[site])) for site in sites}
         return [found[site] for site in sites]
 
@@ -198,13 +198,16 @@ class Asking:
         steps = tuple(step for step in self.state.steps if step.round >= held)
         return steps if [x.round for x in steps] == list(range(held, self.number)) else None
 
-    def scatter(self, requests: Mapping[str, Request]) -> Sequence[Delivery]:
-        """Sends requests to sites and counts what they cost."""
+    def _ask(self, requests: Mapping[str, Request]) -> Sequence[Delivery]:
+        """Sends requests to any parties and counts what they cost."""
         deliveries = self.engine.scatter(requests, self.deadline)
         for d in deliveries:
-            self.bytes_down[d.site] += d.bytes_down
-            self.bytes_up[d.site] += d.bytes_up
-            self.seconds[d.site] += d.seconds
+            if d.site in self.bytes_down:
+                self.bytes_down[d.site] += d.bytes_down
+                self.bytes_up[d.site] += d.bytes_up
+                self.seconds[d.site] += d.seconds
+            else:
+                self.parties[d.site] = self.parties.get(d.site, 0) + d.bytes_down + d.bytes_up
         return deliveries
 
     def send(self, requests: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,14 +215,7 @@ class Asking:
         answers: dict[str, Any] = {}
         left = dict(requests)
         for _ in range(3):
-            for d in self.engine.scatter(left, self.deadline):
-                answers[d.site] = d.answer
-                if d.site in self.bytes_down:
-                    self.bytes_down[d.site] += d.bytes_down
-                    self.bytes_up[d.site] += d.bytes_up
-                    self.seconds[d.site] += d.seconds
-                else:
-                    self.parties[d.site] = self.parties.get(d.site, 0) + d.bytes_down + d.bytes_up
+            answers |= {d.site: d.answer for d in self._ask(left)}
             left = {
                 p: r for p, r in left.items()
                 if p not in self.bytes_down and isinstance(answers[p], Dropout) and answers[p].reason in ("crashed", "late")
@@ -250,6 +246,11 @@ def travels(plan: Plan) -> bool:
 def scaled(step: Step, factor: float) -> Step:
     """Returns ``factor`` times a step."""
     return dataclasses.replace(step, scale=step.scale * factor)
+
+
+def single_step(number: int, mean: Vector) -> Step:
+    """Returns a mean, shape ``k``, in single precision, as it travels."""
+    return Step(number, "float32", np.frombuffer(mean.astype("<f4").tobytes(), dtype=np.uint8), 1.0)
 
 
 def sum_as_step(header: Header, total: bytes, weight: int) -> Step:
@@ -320,7 +321,7 @@ class Clear(Combining):
         shares, excluded, mean = self._join(sites, vectors)
         step = None
         if plan.settings.compression.name != "none":
-            single = Step(asking.number, "float32", np.frombuffer(mean.astype("<f4").tobytes(), dtype=np.uint8), 1.0)
+            single = single_step(asking.number, mean)
             mean, step = single.vector(), self.step(single)  # what sites get is what is applied here
         return Outcome(
             compressing.expand(mean), step, shares, asking.totals(deliveries), tuple(dropouts), tuple(rejections),
@@ -336,10 +337,7 @@ class Clear(Combining):
         rule = self.plan.settings.rule
         if rule.name == "mean":
             shares = shares_of(self.plan, self.attestations, sites)
-            mean = np.zeros_like(vectors[0])
-            for site, vector in zip(sites, vectors, strict=True):  # in site order, in float64: the same sum everywhere
-                mean += shares[site] * vector
-            return shares, {}, mean
+            return shares, {}, LinearRule(self.plan.settings.server).total(vectors, [shares[s] for s in sites])
         base = self.base()
         mean, choice = robust.choose_clear(rule, np.stack(vectors), [base[s] for s in sites])
         total = sum(choice.weights)
@@ -394,11 +392,11 @@ class Encrypted(Combining):
             if (stored.round, stored.model_sha256) != (asking.number, asking.model_sha256):
                 raise StateError(f"{path}: belongs to another round", fix="restore the run's checkpoint, or start afresh")
             return stored
-        s, weights = self.plan.settings, {site: self.base()[site] for site in asking.sites}
+        s, weights = self.plan.settings, self.base()
         made = Header(
             self.plan.sha256, self.run, asking.number, exchange, asking.model_sha256, self.charter.sha256,
             asking.compressor.length, s.security.ring_bits, s.rule.hostile, minimum(self.plan), self.clip(asking.state),
-            weights, "" if public_map is None else wire.digest(public_map), self.today,
+            {site: weights[site] for site in asking.sites}, "" if public_map is None else wire.digest(public_map), self.today,
         )  # fmt: skip
         files.write_atomic(path, wire.encode(made))
         return made
@@ -493,16 +491,15 @@ class Encrypted(Combining):
         self,
         asking: Asking,
         deliveries: Sequence[Delivery],
-        total: bytes,
+        mean: Step,
         sites: Mapping[str, int],
         header: Header,
         **more: Any,
     ) -> Outcome:
-        """Returns the outcome of an opened sum over ``sites`` (site -> integer weight)."""
+        """Returns the outcome of an opened ``mean`` over ``sites`` (site -> integer weight)."""
         weight = sum(sites.values())
-        step = sum_as_step(header, total, weight)
         return Outcome(
-            asking.compressor.expand(step.vector()), self.step(step), {s: w / weight for s, w in sites.items()}, asking.totals(deliveries),
+            asking.compressor.expand(mean.vector()), self.step(mean), {s: w / weight for s, w in sites.items()}, asking.totals(deliveries),
             parties=asking.parties, exchange=header.exchange, next_exchange=header.exchange + 1, **more,
         )  # fmt: skip
 
@@ -528,8 +525,9 @@ class Trigram(Encrypted):
             asking.notes |= {v.site: _NOT_AS_SHOWN for v in declared if v.site not in shown}
             return declared
         weights = {s: w for s, w in zip(combined.sites, combined.weights, strict=True) if w}
+        mean = sum_as_step(header, combined.total, sum(weights.values()))
         return self.outcome(
-            asking, deliveries, combined.total, weights, header, dropouts=tuple(dropouts), rejections=tuple(rejections),
+            asking, deliveries, mean, weights, header, dropouts=tuple(dropouts), rejections=tuple(rejections),
             sealed=sealed, excluded=dict(combined.excluded), audits=_findings(votes) | asking.notes,
             evidence=_evidence(header, combined), clip=self._next_clip(header, combined),
             contribution=_contribution(header, combined, public_map),
@@ -579,8 +577,9 @@ class Masking(Encrypted):
         rejections += [Rejection(s, "protocol", why) for s, why in server.refused.items()]
         early = [f for s, f in failures.items() if s not in sealed]
         weights = {s: header.weights[s] for s in arrived}
+        mean = sum_as_step(header, total.tobytes(), sum(weights.values()))
         return self.outcome(
-            asking, deliveries, total.tobytes(), weights, header,
+            asking, deliveries, mean, weights, header,
             dropouts=(*dropouts, *(f for f in early if isinstance(f, Dropout))),
             rejections=(*rejections, *(f for f in early if isinstance(f, Rejection))), sealed=sealed,
             evidence={"header": wire.digest(header), "sum": files.sha256(total.tobytes())}, clip=header.clip,
@@ -625,12 +624,10 @@ class Ckks(Encrypted):
         values = np.frombuffer(opened.values.tobytes(), dtype="<f8") / sum(weights.values())
         if len(values) != header.length or not np.isfinite(values).all():
             raise ProtocolError("bad_sum", f"the {ckks.KEY_HOLDER} opened something that is no sum of these updates")
-        mean = Step(asking.number, "float32", np.frombuffer(values.astype("<f4").tobytes(), dtype=np.uint8), 1.0)
-        return Outcome(
-            asking.compressor.expand(mean.vector()), self.step(mean),
-            {s: w / sum(weights.values()) for s, w in weights.items()}, asking.totals(deliveries), tuple(dropouts),
-            tuple(rejections), sealed=sealed, parties=asking.parties, exchange=header.exchange,
-            next_exchange=header.exchange + 1, evidence={"header": wire.digest(header)}, clip=header.clip,
+        mean = single_step(asking.number, values)
+        return self.outcome(
+            asking, deliveries, mean, weights, header, dropouts=tuple(dropouts), rejections=tuple(rejections), sealed=sealed,
+            evidence={"header": wire.digest(header)}, clip=header.clip,
         )  # fmt: skip
 
     def _holder(self, asking: Asking, request: Any, kind: type) -> Any:

@@ -321,9 +321,10 @@ class SiteWorker:
         if self._sealing is None:
             raise PlanRefused(f"site {self.site}: asked about an encrypted round, and its plan has none")
         vote = self._sealing.audit(request)
-        if not len(vote.canary):
-            self._settle(request)
-        if not len(vote.canary) and rounds.travels(self.plan):
+        if len(vote.canary) or not vote.agrees:  # what the roles did not confirm, or deny of this update, moves nothing here
+            return vote
+        self._settle(request)
+        if rounds.travels(self.plan):
             mean = rounds.sum_as_step(request.header, request.total.tobytes(), sum(request.weights))
             self._holding.step(
                 request.header.round, request.header.model_sha256, rounds.scaled(mean, self.plan.settings.server.lr)
@@ -346,19 +347,14 @@ class SiteWorker:
         s, architecture = self.plan.settings, self._architecture
         learner = self._learner(held.scaler)
         start = self._with_own_parts(held.weights, request.round)
+        if s.privacy.unit == "record":  # no number travels beside the update: noise covers the update alone
+            private = self._train_private(request, learner, start)
+            return wts.subtract(private, held.weights), {}, float("nan"), np.zeros(0)
         rows = np.flatnonzero(self._fold >= 0)
         output = np.zeros((architecture.members, len(self._fold), len(self.plan.tasks)))
         output[:, rows] = architecture.forward(start, learner.inputs.take(rows))
         steps = self.plan.steps(request.round)
         own = self._control(request) if request.control else {}
-        if s.privacy.unit == "record":
-            private = self._train_private(request, learner, start)
-            return (
-                wts.subtract(private, held.weights),
-                {},
-                float("nan"),
-                np.zeros(0),
-            )  # no number beside it: noise covers the update
         basis = None
         if s.compression.name == "low_rank":
             basis = rounds.compressor(self.plan, held.weights, request.round, request.model_sha256).basis()

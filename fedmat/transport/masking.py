@@ -37,15 +37,25 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import Field, TypeAdapter, ValidationError
 
 from fedmat import files, wire
-from fedmat.envelopes import ArrivedSignature, Blob, Header, Masked, MaskKeys, MaskShares, Unmasked
+from fedmat.envelopes import (
+    FEWEST_SITES,
+    MOST_OVER_MEAN,
+    ArrivedSignature,
+    Blob,
+    Header,
+    Masked,
+    MaskKeys,
+    MaskShares,
+    Unmasked,
+)
 from fedmat.errors import ProtocolError, StateError
 from fedmat.keys import Charter, PartyKeys
 from fedmat.transport.shamir import SHARE_BYTES, recover_checked, share_value, split
 from fedmat.transport.trigram.ring import Pad, Ring, Words, blob, blocks, hashed
 
 SEALED_BYTES = 2 * SHARE_BYTES + 16
-MIN_MEMBERS = 5  # of three or four, a member would learn the sum of two or three others
-MAX_WEIGHT_OVER_MEAN = 4  # else a sum is little more than one site's update
+MIN_MEMBERS = FEWEST_SITES
+MAX_WEIGHT_OVER_MEAN = MOST_OVER_MEAN
 
 
 # --- what both sides check ----------------------------------------------------------------------------------------

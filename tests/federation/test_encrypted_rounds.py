@@ -527,3 +527,23 @@ def test_a_site_that_lost_its_model_is_sent_it_whole_and_nothing_else_changes(tm
     assert {s: b for s, b in second.bytes_down.items() if s != "ash"} == {
         s: b for s, b in usual.bytes_down.items() if s != "ash"
     }
+
+
+def test_an_audit_that_no_role_confirmed_moves_nothing_at_the_site(tmp_path: Path) -> None:
+    plan = settings(rule=MULTI_KRUM, compression=SKETCH)
+
+    def forging(handle: Handler) -> Handler:
+        def answer(data: bytes) -> bytes:
+            request = wire.decode(data, object)
+            if isinstance(request, AuditRequest):
+                bad = tuple(dataclasses.replace(c, signature=np.zeros(64, np.uint8)) for c in request.confirmations)
+                forged = dataclasses.replace(request, confirmations=bad, total=np.array(request.total)[::-1].copy())
+                assert not wire.decode(handle(wire.encode(forged)), AuditVote).agrees
+            return handle(data)
+
+        return answer
+
+    honest, whole = consortium.run(plan, tmp_path / "whole")
+    forged, model = consortium.run(plan, tmp_path / "forged", {"ash": forging})
+    assert digest(whole) == digest(model)
+    assert [r.bytes_down for r in honest] == [r.bytes_down for r in forged]  # no site had to be sent its model again

@@ -25,16 +25,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fedmat import wire
-from fedmat.envelopes import ROLES, AuditVote, Blob, Commitment, Header, HeaderSignature, RoleName
+from fedmat.envelopes import FEWEST_SITES, MOST_OVER_MEAN, ROLES, AuditVote, Blob, Commitment, Header, HeaderSignature, RoleName
 from fedmat.errors import ProtocolError
 from fedmat.keys import Charter
 from fedmat.transport.trigram.ring import MAX_TOTAL_WEIGHT, Ring, hashed
 
 SEED = 32
-FEWEST_SITES = 5  # below, a member finds the others' updates in the sum whatever is done
 LONGEST = 1 << 31
 LAST_NUMBER = 1 << 48  # of a round or an exchange
-MAX_WEIGHT_OVER_MEAN = 4  # of the selected sites: else "a sum" is one site's update
+MAX_WEIGHT_OVER_MEAN = MOST_OVER_MEAN
 SEEDS_OF: dict[RoleName, tuple[str, ...]] = {"aggregator": ("a",), "auditor": ("b",), "notary": ("a", "b")}
 _VERSION = b"\x01"
 M = TypeVar("M")

@@ -25,14 +25,14 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from numpy.typing import NDArray
 
-from fedmat.envelopes import Blob
+from fedmat.envelopes import MOST_WEIGHT, Blob
 from fedmat.errors import ProtocolError
 
 Words = NDArray[Any]  # ring elements: uint32 or uint64, little-endian
 Integers = NDArray[np.int64]
 BLOCK = 1 << 14  # ring elements worked on at a time: ten sites' blocks stay in the cache
 FILL = 0.97  # share of the bound that clipped updates fill; the rest is room for rounding
-MAX_TOTAL_WEIGHT = 1 << 15
+MAX_TOTAL_WEIGHT = MOST_WEIGHT
 _ZEROS = bytes(BLOCK * 8)
 _LIMB = 21  # products of two limbs, BLOCK of them added, stay below 2^63
 
