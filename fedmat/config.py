@@ -297,6 +297,9 @@ class Member(Settings):
     site: str = Field(pattern=SLUG)
     organisation: str
     file: Path
+    transport: Literal["direct", "files"] = Field(
+        "direct", description="files: a person carries signed files to and from the site (docs/file-drop.md)"
+    )
 
 
 class ConsortiumConfig(Settings):
@@ -480,12 +483,12 @@ def load_consortium(path: Path) -> ConsortiumConfig:
     Raises:
         ConfigError: the file is missing, is not YAML, or a key or value is wrong (named, with the nearest valid key).
     """
-    return parse_settings(ConsortiumConfig, _read_yaml(path), path)
+    return parse_settings(ConsortiumConfig, read_yaml(path), path)
 
 
 def load_site(path: Path) -> SiteConfig:
     """Reads and checks a site file; errors as in :func:`load_consortium`."""
-    return parse_settings(SiteConfig, _read_yaml(path), path)
+    return parse_settings(SiteConfig, read_yaml(path), path)
 
 
 def resolve_path(text: str, base: Path) -> Path:
@@ -525,7 +528,12 @@ def parse_settings(model: type[S], raw: object, path: Path) -> S:
         raise ConfigError(f"{path}:\n  " + "\n  ".join(lines), fix=f"correct the named keys in {path}") from None
 
 
-def _read_yaml(path: Path) -> object:
+def read_yaml(path: Path) -> object:
+    """Returns what a YAML file says.
+
+    Raises:
+        ConfigError: no such file, no YAML, or a key that is given twice; with file and line.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file", fix="name an existing YAML file")
     try:

@@ -488,7 +488,7 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A site answered and the answer was left out."""
+    """A site answered and the answer was left out, or it answered that its own policy forbids an answer (``policy``)."""
 
     site: str
     reason: Literal[
@@ -502,6 +502,7 @@ class Rejection:
         "excluded",
         "protocol",
         "wrapped",
+        "policy",
     ]
     detail: str = ""
 

@@ -39,6 +39,27 @@ class PlanRefused(ConfigError):
     """Two settings of a plan exclude each other, or a bound of a rule is violated: change one of them."""
 
 
+class PolicyRefused(FedmatError):
+    """A party's own policy does not permit what was asked: its policy file says which clause, and the party alone changes it.
+
+    Attributes:
+        clause: where in the policy file, e.g. ``plans.rules``.
+    """
+
+    exit_code = 9
+
+    def __init__(self, clause: str, what: str, *, fix: str = "") -> None:
+        self.clause = clause
+        super().__init__(f"{clause}: {what}", fix=fix)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_policy, (self.clause, self.what, self.fix))
+
+
+def _rebuild_policy(clause: str, what: str, fix: str) -> PolicyRefused:
+    return PolicyRefused(clause, what.removeprefix(f"{clause}: "), fix=fix)
+
+
 class DataError(FedmatError):
     """A site's data or mapping is wrong: mend the data or the mapping."""
 

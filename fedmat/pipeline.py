@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,12 +58,16 @@ class Run:
         home: workspace of the consortium; holds ``sites/`` and ``runs/``.
         run_id: name of the run's folder; None means: named by plan and data, so that the same plan on the same data
             is the same run and goes on where it stopped.
+        site_file: on a site's own machine, its site.yaml; None: as the consortium file says.
+        charter_file: on a party's own machine, the charter it agreed to; None: as the consortium file says.
     """
 
     consortium_file: Path
     home: Path
     run_id: str | None = None
     rounds: int | None = None
+    site_file: Path | None = None
+    charter_file: Path | None = None
 
     def config(self) -> ConsortiumConfig:
         """Returns the consortium file's settings, with this run's number of rounds if it has its own."""
@@ -100,7 +104,7 @@ class Run:
             raise ConfigError(
                 f"{self.consortium_file}: there is no member '{site}'", fix=f"use one of {', '.join(config.roster)}"
             )
-        path = (self.consortium_file.parent / member.file).resolve()
+        path = self.site_file or (self.consortium_file.parent / member.file).resolve()
         settings = load_site(path)
         if settings.site != site:
             raise ConfigError(f"{path}: says site '{settings.site}', consortium.yaml calls it '{site}'", fix="make them agree")
@@ -127,7 +131,7 @@ class Run:
     def _name(self) -> str:
         there = [s for s in self.sites if not (self.site_folder(s) / REFUSED).exists()]
         data = {s: files.read_json(self.site_folder(s) / "manifest.json")["sha256"] for s in there}
-        return files.sha256(files.canonical_json({"plan": self.plan().sha256, "data": data}))[:12]
+        return name_of(self.plan(), data)
 
     def reports(self) -> list[dict[str, Any]]:
         """Returns the round reports so far, as plain JSON."""
@@ -143,6 +147,11 @@ class FeatureRef:
     sha256: str
     n_rows: int
     n_features: int
+
+
+def name_of(plan: Plan, data: Mapping[str, str]) -> str:
+    """Returns the name of the run of a plan on data: site -> digest of its accepted records."""
+    return files.sha256(files.canonical_json({"plan": plan.sha256, "data": dict(data)}))[:12]
 
 
 def open_run(consortium_file: Path, *, home: Path | None = None, run_id: str | None = None, rounds: int | None = None) -> Run:
@@ -205,11 +214,10 @@ def featurize_site(run: Run, site: str) -> FeatureRef:
     return FeatureRef(site, table.sha256, len(table), len(table.names))
 
 
-def build_handler(consortium_file: Path, home: Path, rounds: int | None, site: str) -> Handler:
+def build_handler(run: Run, site: str) -> Handler:
     """Returns the function that answers requests for one site; importable, so that a site's own process can build it."""
     from fedmat.federation.site import SiteWorker
 
-    run = Run(consortium_file, home, None, rounds)
     folder = run.site_folder(site)
     if (folder / REFUSED).exists():
         raise SiteRefused(f"site {site}: its data were refused when they were prepared", fix="see fedmat site check")
@@ -218,12 +226,11 @@ def build_handler(consortium_file: Path, home: Path, rounds: int | None, site: s
     return SiteWorker(site, run.plan(), site_table(run, site), manifest, folder, keys, identity).handle
 
 
-def build_role(consortium_file: Path, home: Path, rounds: int | None, role: str) -> Handler:
+def build_role(run: Run, role: str) -> Handler:
     """Returns the function that answers requests for one role; importable, so that its own process can build it."""
     from fedmat import keys
     from fedmat.federation import role as roles
 
-    run = Run(consortium_file, home, None, rounds)
     if role == REFERENCE:
         from fedmat.federation.reference import ReferenceWorker
 
@@ -250,8 +257,8 @@ def read_charter(run: Run) -> Charter | None:
     config = run.config()
     if config.plan.security.mode == "none":
         return None
-    if config.charter is not None:
-        path = run.consortium_file.parent / config.charter
+    if run.charter_file is not None or config.charter is not None:
+        path = run.charter_file or run.consortium_file.parent / str(config.charter)
         found = keys.read_charter(path)
         if found.consortium != config.name or found.sites != config.roster:
             raise ConfigError(
@@ -289,30 +296,32 @@ def open_engine(run: Run) -> Iterator[Engine]:
     from fedmat.federation.engine import InProcessEngine, ProcessEngine
     from fedmat.federation.rounds import role_names
 
-    def arguments(party: str) -> tuple[Path, Path, int | None, str]:
-        return (run.consortium_file, run.home, run.rounds, party)
-
     read_charter(run)  # makes the rehearsal's keys, before any party looks for them
     roles = role_names(run.plan())
     engine: Engine
     if run.plan().settings.isolation == "process":
-        factories = {s: (build_handler, arguments(s)) for s in run.sites} | {r: (build_role, arguments(r)) for r in roles}
+        factories = {s: (build_handler, (run, s)) for s in run.sites} | {r: (build_role, (run, r)) for r in roles}
         engine = ProcessEngine(factories)
     else:
-        handlers = {s: _handler_or_refusal(*arguments(s)) for s in run.sites} | {r: build_role(*arguments(r)) for r in roles}
+        handlers = {s: _handler_or_refusal(run, s) for s in run.sites} | {r: build_role(run, r) for r in roles}
         engine = InProcessEngine(handlers)
     with engine:
         yield engine
 
 
+def _engine(run: Run, engine: Engine | None) -> AbstractContextManager[Engine]:
+    return open_engine(run) if engine is None else nullcontext(engine)
+
+
 # --- for the consortium ------------------------------------------------------------------------------------------
 
 
-def train(run: Run, *, resume: bool = True) -> Iterator[RoundReport]:
+def train(run: Run, *, resume: bool = True, engine: Engine | None = None) -> Iterator[RoundReport]:
     """Runs the rounds that are still to do, yielding a report after each; writes the global model at the end.
 
     Args:
         resume: False throws away this run's earlier rounds.
+        engine: brings requests to the sites, also for the steps below; None opens the in-process engine.
     """
     from fedmat.federation.coordinator import CHECKPOINT, EXCHANGES, INTERVALS, MATCHING, NONCE, ROUNDS, SETUP, Coordinator
     from fedmat.models.network import Architecture
@@ -327,7 +336,7 @@ def train(run: Run, *, resume: bool = True) -> Iterator[RoundReport]:
     files.write_json(folder / PLAN, plan.as_json())
     files.write_atomic(run.home / "runs" / "latest", folder.name.encode())
     started = time.perf_counter()
-    with open_engine(run) as engine:
+    with _engine(run, engine) as delivery:
         architecture = Architecture.of(plan.model, plan.tasks, plan.settings)
         coordinator = Coordinator(
             plan,
@@ -337,7 +346,7 @@ def train(run: Run, *, resume: bool = True) -> Iterator[RoundReport]:
             today=datetime.now(UTC).date().isoformat(),  # whether keys still count; nothing of it is in the model
         )
         ran = False
-        for report in coordinator.run(engine):
+        for report in coordinator.run(delivery):
             ran = True
             yield report
     wire.save_model(coordinator.model(), folder / MODEL)
@@ -346,8 +355,8 @@ def train(run: Run, *, resume: bool = True) -> Iterator[RoundReport]:
         _note(folder, train=time.perf_counter() - started, round_overhead_mean=sum(overhead) / len(overhead))
 
 
-def baselines(run: Run, progress: Callable[[str], None] | None = None) -> None:
-    """Trains what the global model is compared with: local-only, fine-tuned and, if simulated, pooled models.
+def baselines(run: Run, progress: Callable[[str], None] | None = None, *, engine: Engine | None = None) -> None:
+    """Trains what the global model is compared with: local-only, fine-tuned and, if the data are all here, pooled models.
 
     Models that were trained for this very global model, and whose files are whole, are not trained again.
     """
@@ -367,26 +376,26 @@ def baselines(run: Run, progress: Callable[[str], None] | None = None) -> None:
         written[name] = files.sha256(data)
 
     with _timed_note(folder, "baselines"):
-        with open_engine(run) as engine:
+        with _engine(run, engine) as delivery:
             say("local-only, fine-tuned and personal models")
-            for pair in arms.own_models(engine, plan, model, _asked(folder)).values():
+            for pair in arms.own_models(delivery, plan, model, _asked(folder)).values():
                 for baseline in pair:
                     keep(f"{baseline.arm}-{baseline.site}.safetensors", wire.encode(baseline))
-        if plan.simulated:
+        if plan.simulated and _data_here(run):
             say("pooled model")
             arm = arms.pooled(plan, {s: kept_table(run, s) for s in _asked(folder)})
             keep("pooled.safetensors", wire.encode(GlobalModel(arm.weights, arm.scaler, {"arm": "pooled"})))
     files.write_json(made, {"model_sha256": digest, "files": written})
 
 
-def evaluate(run: Run) -> dict[str, Any]:
+def evaluate(run: Run, *, engine: Engine | None = None) -> dict[str, Any]:
     """Scores every arm at every site that may see it, and writes evaluations.json and metrics.json."""
     from fedmat import baselines as arms
 
     plan, folder = run.plan(), run.folder
     model = wire.load_model(folder / MODEL)
     sites = _asked(folder)
-    own, pooled = _trained_arms(folder, plan.simulated)
+    own, pooled = _trained_arms(folder, plan.simulated and _data_here(run))
     to_score = [arms.Arm("federated", model.weights, model.scaler), arms.dummy(model), *pooled]
     evaluations: list[Evaluation] = []
     for baseline in own:
@@ -397,12 +406,12 @@ def evaluate(run: Run) -> dict[str, Any]:
     interval: dict[str, Any] = wire.plain(model.spec["interval"])
     radius = {s: r if r is not None else math.inf for s, r in interval["sites"].items()}
     further: list[Evaluation] = []
-    with _timed_note(folder, "evaluate"), open_engine(run) as engine:
+    with _timed_note(folder, "evaluate"), _engine(run, engine) as delivery:
         for arm in to_score:
-            evaluations += arms.score(engine, plan, arm, sites, radius=radius if arm.name == "federated" else None)
+            evaluations += arms.score(delivery, plan, arm, sites, radius=radius if arm.name == "federated" else None)
         for task in plan.tasks[1:]:
             for arm in to_score[: 2 + len(pooled)]:
-                further += arms.score(engine, plan, arm, sites, target=task.target)
+                further += arms.score(delivery, plan, arm, sites, target=task.target)
     further += [e for baseline in own for e in baseline.auxiliary]
     evaluations.sort(key=lambda e: (e.arm, e.site))
     kept = [dataclasses.replace(e, draws=np.zeros(0)) for e in (*evaluations, *further)]
@@ -420,7 +429,7 @@ def report(run: Run) -> Path:
     return page.write(run.folder)
 
 
-def settle(run: Run) -> dict[str, Any]:
+def settle(run: Run, *, engine: Engine | None = None) -> dict[str, Any]:
     """Settles who contributed how much to the run's model and writes settlement.json; done before, nothing is asked again.
 
     Raises:
@@ -437,9 +446,9 @@ def settle(run: Run) -> dict[str, Any]:
         raise StateError(f"{folder}: was run by another plan", fix="settle with the consortium file as it was then")
     model, nonce = wire.load_model(folder / MODEL), str(files.read_json(folder / NONCE)["run"])
     rows = {site: int(a["labels"][0]) for site, a in files.read_json(folder / SETUP)["attestations"].items()}
-    with open_engine(run) as engine:
+    with _engine(run, engine) as delivery:
         today = datetime.now(UTC).date().isoformat()  # whether keys still count
-        return settlement.settle(engine, plan, charter, model, rows, nonce, today, folder)
+        return settlement.settle(delivery, plan, charter, model, rows, nonce, today, folder)
 
 
 def publish(run: Run, tracking_uri: str | None = None) -> Registered:
@@ -452,10 +461,10 @@ def publish(run: Run, tracking_uri: str | None = None) -> Registered:
 # --- inside --------------------------------------------------------------------------------------------------------
 
 
-def _handler_or_refusal(consortium_file: Path, home: Path, rounds: int | None, site: str) -> Handler:
+def _handler_or_refusal(run: Run, site: str) -> Handler:
     """A site that cannot take part answers every request with its reason; the coordinator decides what that means."""
     try:
-        return build_handler(consortium_file, home, rounds, site)
+        return build_handler(run, site)
     except (DataError, StateError) as error:
         trouble = error
 
@@ -509,6 +518,11 @@ def _asked(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(files.read_json(folder / "attestations.json")["attestations"]))
 
 
+def _data_here(run: Run) -> bool:
+    """Whether all sites' data lie in this workspace: in a simulated consortium, and not where sites are other machines."""
+    return all((run.site_folder(s) / "manifest.json").exists() for s in _asked(run.folder))
+
+
 def _whole(made: Path, model_sha256: str) -> bool:
     """Tells whether all models listed in ``made`` belong to this global model and are as they were written."""
     if not made.exists():
@@ -518,7 +532,7 @@ def _whole(made: Path, model_sha256: str) -> bool:
     return known["model_sha256"] == model_sha256 and all(p.exists() and files.sha256_file(p) == d for p, d in paths.items())
 
 
-def _trained_arms(folder: Path, simulated: bool) -> tuple[list[Baseline], list[Arm]]:
+def _trained_arms(folder: Path, with_pooled: bool) -> tuple[list[Baseline], list[Arm]]:
     from fedmat.baselines import OWN, Arm
 
     own: list[Baseline] = []
@@ -529,7 +543,7 @@ def _trained_arms(folder: Path, simulated: bool) -> tuple[list[Baseline], list[A
                 raise NotEvidenced(f"{path}: the {arm} model of {site} was not trained", fix="run the baselines step first")
             own.append(wire.decode(path.read_bytes(), Baseline))
     pooled: list[Arm] = []
-    if simulated:
+    if with_pooled:
         path = folder / "arms" / "pooled.safetensors"
         if not path.exists():
             raise NotEvidenced(f"{path}: the pooled model was not trained", fix="run the baselines step first")

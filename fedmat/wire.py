@@ -69,6 +69,22 @@ def decode(data: bytes, kind: type[M]) -> M:
     return typing.cast(M, message)
 
 
+def kind_of(data: bytes) -> str:
+    """Returns the name of the message type in ``data`` without unpacking it.
+
+    Raises:
+        WireError: the bytes are no message.
+    """
+    try:
+        size = int.from_bytes(data[:8], "little")
+        kind = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_HEADER])["!"]
+    except (ValueError, KeyError, TypeError):
+        raise WireError("the bytes are no message", fix="compare fedmat versions") from None
+    if kind not in _TYPES:
+        raise WireError("a message of an unknown kind", fix="compare fedmat versions")
+    return str(kind)
+
+
 def digest(message: Any) -> str:
     """Returns the SHA-256 of a message's canonical bytes."""
     return files.sha256(encode(message))

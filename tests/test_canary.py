@@ -168,7 +168,7 @@ def messages(consortium: Path, root: Path) -> None:
     plan = run.plan()
     # the last thing this site did was to have worse data refused; its messages are made from the good version before
     (run.site_folder(SITE) / pipeline.REFUSED).unlink(missing_ok=True)
-    handlers = {s: pipeline.build_handler(run.consortium_file, run.home, run.rounds, s) for s in run.sites}
+    handlers = {s: pipeline.build_handler(run, s) for s in run.sites}
     with Recorder(handlers, root / "messages") as engine:
         architecture = Architecture.of(plan.model, plan.tasks, plan.settings)
         coordinator = Coordinator(plan, lambda n: architecture.initial_weights(n, plan.settings.seed), root / "messages")

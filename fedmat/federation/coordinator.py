@@ -321,7 +321,7 @@ class Coordinator:
             plan_sha256=plan.sha256,
             validation=_validation({s: a.validation for s, a in sorted(answers.items())}),
             seconds=seconds,
-            overhead_seconds=seconds - sum(d.seconds for d in found.deliveries),
+            overhead_seconds=seconds - _waited(found.deliveries, asking.engine),
             excluded=found.excluded,
             protection=plan.settings.security.mode,
             exchange=found.exchange,
@@ -442,6 +442,12 @@ def _failure(delivery: Delivery, otherwise: str) -> Dropout | Rejection:
     if isinstance(delivery.answer, Dropout | Rejection):
         return delivery.answer
     return Rejection(delivery.site, "malformed", otherwise)
+
+
+def _waited(deliveries: Sequence[Delivery], engine: Engine) -> float:
+    """Returns the seconds a round waited for its sites."""
+    waits = [d.seconds for d in deliveries]
+    return max(waits, default=0.0) if engine.side_by_side else sum(waits)
 
 
 def _finite(value: float) -> float | None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
 from fedmat import envelopes, wire
 from fedmat.domain import (
@@ -44,9 +44,11 @@ from fedmat.domain import (
     TrainRequest,
     Update,
 )
-from fedmat.errors import FedmatError, WireError
+from fedmat.errors import FedmatError, PolicyRefused, WireError
 
 Handler = Callable[[bytes], bytes]
+Failure = Dropout | Rejection
+ANSWERED = b"\x01"  # first byte of a framed answer; of a framed failure it is zero
 _START_UP_S = 300.0  # imports and features of a site's own process; not counted against its deadline
 _EXPECTED: dict[type, Any] = {
     MatchRequest: Offer,
@@ -73,7 +75,13 @@ _EXPECTED: dict[type, Any] = {
 
 
 class Engine(abc.ABC):
-    """The one port between the coordinator and the sites."""
+    """The one port between the coordinator and the sites.
+
+    Attributes:
+        side_by_side: sites work at the same time, so that a request takes as long as its slowest site.
+    """
+
+    side_by_side: bool = False
 
     def broadcast(self, request: Request, sites: Sequence[str], deadline_s: float) -> Sequence[Delivery]:
         """Sends ``request`` to ``sites`` and returns one delivery per site, in the order of ``sites``."""
@@ -93,7 +101,7 @@ class Engine(abc.ABC):
         ]
 
     @abc.abstractmethod
-    def exchange(self, data: Mapping[str, bytes], deadline_s: float) -> Sequence[tuple[bytes | Dropout, float]]:
+    def exchange(self, data: Mapping[str, bytes], deadline_s: float) -> Sequence[tuple[bytes | Failure, float]]:
         """Sends bytes to sites; returns each site's bytes, or the failure, and the seconds it took."""
 
     def close(self) -> None:  # noqa: B027  most engines hold nothing
@@ -112,9 +120,9 @@ class InProcessEngine(Engine):
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
         self._handlers = dict(handlers)
 
-    def exchange(self, data: Mapping[str, bytes], deadline_s: float) -> Sequence[tuple[bytes | Dropout, float]]:
+    def exchange(self, data: Mapping[str, bytes], deadline_s: float) -> Sequence[tuple[bytes | Failure, float]]:
         """See :class:`Engine`. A handler that overruns is cut only by process isolation; here its answer is left out."""
-        out: list[tuple[bytes | Dropout, float]] = []
+        out: list[tuple[bytes | Failure, float]] = []
         for site, request in data.items():
             started = time.perf_counter()
             try:
@@ -122,7 +130,7 @@ class InProcessEngine(Engine):
             except KeyError:
                 out.append((Dropout(site, "unreachable", "the engine has no such site"), 0.0))
                 continue
-            reply = answer(site, handler, request)
+            reply: bytes | Failure = answer(site, handler, request)
             seconds = time.perf_counter() - started
             if seconds > deadline_s:
                 reply = Dropout(site, "late", f"answered after {seconds:.0f} s, the deadline is {deadline_s:g} s")
@@ -133,19 +141,28 @@ class InProcessEngine(Engine):
 class ProcessEngine(Engine):
     """One process per site, started on first use: a site that hangs or is killed costs its own answer and no more."""
 
+    side_by_side = True
+
     def __init__(self, factories: Mapping[str, tuple[Callable[..., Handler], tuple[Any, ...]]]) -> None:
         """Takes, per site, an importable factory and its arguments; the handler is built inside the site's process."""
         self._factories = dict(factories)
-        self._context = multiprocessing.get_context("spawn")
         self._running: dict[str, tuple[multiprocessing.process.BaseProcess, Connection]] = {}
 
-    def exchange(self, data: Mapping[str, bytes], deadline_s: float) -> Sequence[tuple[bytes | Dropout, float]]:
+    def exchange(self, data: Mapping[str, bytes], deadline_s: float) -> Sequence[tuple[bytes | Failure, float]]:
         """See :class:`Engine`. All sites work at once; a late one is killed and started afresh for its next request."""
         with ThreadPoolExecutor(max_workers=max(1, len(data))) as pool:
             jobs = [pool.submit(self._one, site, request, deadline_s) for site, request in data.items()]
             return [job.result() for job in jobs]
 
-    def _one(self, site: str, request: bytes, deadline_s: float) -> tuple[bytes | Dropout, float]:
+    def start(self, site: str, *, forked: bool = False) -> None:
+        """Starts a site's process before anything is asked of it, and returns when it is ready.
+
+        Args:
+            forked: copy this process, which has imported what is needed; only while it has no other thread.
+        """
+        self._process(site, "fork" if forked else "spawn")
+
+    def _one(self, site: str, request: bytes, deadline_s: float) -> tuple[bytes | Failure, float]:
         started = time.perf_counter()
         if site not in self._factories:
             return Dropout(site, "unreachable", "the engine has no such site"), 0.0
@@ -156,26 +173,27 @@ class ProcessEngine(Engine):
             if not pipe.poll(deadline_s):
                 self._stop(site)
                 return Dropout(site, "late", f"no answer within {deadline_s:g} s"), time.perf_counter() - started
-            kind, _, body = pipe.recv_bytes().partition(b"\n")
+            reply = unframe(site, pipe.recv_bytes())
         except (EOFError, OSError):
             self._stop(site)
             return Dropout(site, "crashed", "the site's process ended"), time.perf_counter() - started
-        seconds = time.perf_counter() - started
-        if kind == b"ok":
-            return body, seconds
-        reason = "refused" if kind == b"refused" else "crashed"
-        return Dropout(site, reason, body.decode()), seconds  # type: ignore[arg-type]
+        return reply, time.perf_counter() - started
 
     def close(self) -> None:
         """Ends every site's process."""
         for site in list(self._running):
             self._stop(site)
 
-    def _process(self, site: str) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+    def _process(
+        self, site: str, how: Literal["spawn", "fork"] = "spawn"
+    ) -> tuple[multiprocessing.process.BaseProcess, Connection]:
         if site not in self._running:
-            ours, theirs = self._context.Pipe()
+            context: Any = multiprocessing.get_context(how)
+            ours, theirs = context.Pipe()
             factory, arguments = self._factories[site]
-            process = self._context.Process(target=_serve, args=(site, theirs, factory, arguments), daemon=True)
+            process = context.Process(
+                target=_serve, args=(site, theirs, factory, arguments, ours if how == "fork" else None), daemon=True
+            )
             process.start()
             theirs.close()
             if ours.poll(_START_UP_S):
@@ -191,18 +209,28 @@ class ProcessEngine(Engine):
             process.join(5.0)
 
 
-def answer(site: str, handler: Handler, request: bytes) -> bytes | Dropout:
-    """Returns the handler's answer; an exception becomes a Dropout whose text can hold no record value."""
+def answer(site: str, handler: Handler, request: bytes) -> bytes | Failure:
+    """Returns the handler's answer; an exception becomes a failure whose text can hold no record value."""
     try:
         return handler(request)
+    except PolicyRefused as error:
+        return Rejection(site, "policy", error.what)
     except FedmatError as error:
         return Dropout(site, "refused", error.what)
     except Exception as error:  # the text of a foreign exception may hold data: only its type leaves
         return Dropout(site, "crashed", type(error).__name__)
 
 
-def _serve(site: str, pipe: Connection, factory: Callable[..., Handler], arguments: tuple[Any, ...]) -> None:
-    """Runs in the site's process: builds the handler, says so, then answers one request after another."""
+def _serve(
+    site: str, pipe: Connection, factory: Callable[..., Handler], arguments: tuple[Any, ...], inherited: Connection | None
+) -> None:
+    """Runs in the site's process: builds the handler, says so, then answers one request after another.
+
+    Args:
+        inherited: the other end, which a forked process has a copy of: open, it would hide that the starter has ended.
+    """
+    if inherited is not None:
+        inherited.close()
     built: list[Handler] = []
 
     def build(_: bytes) -> bytes:
@@ -216,15 +244,27 @@ def _serve(site: str, pipe: Connection, factory: Callable[..., Handler], argumen
             request = pipe.recv_bytes()
         except EOFError:
             return
-        pipe.send_bytes(_frame(answer(site, built[0], request) if built else failure))
+        pipe.send_bytes(frame(answer(site, built[0], request) if built else failure))
 
 
-def _frame(reply: bytes | Dropout) -> bytes:
-    return b"ok\n" + reply if isinstance(reply, bytes) else f"{reply.reason}\n{reply.detail}".encode()
+def frame(reply: bytes | Failure) -> bytes:
+    """Returns an answer or a failure as bytes for a pipe, a socket or a file between a party's own processes."""
+    return ANSWERED + reply if isinstance(reply, bytes) else b"\x00" + wire.encode(reply)
 
 
-def _delivery(site: str, request: bytes, reply: bytes | Dropout, seconds: float, expected: Any) -> Delivery:
-    if isinstance(reply, Dropout):
+def unframe(party: str, data: bytes) -> bytes | Failure:
+    """Returns what :func:`frame` was given; bytes that are no frame are an answer that does not count."""
+    if data[:1] == ANSWERED:
+        return data[1:]
+    try:
+        found: Failure = wire.decode(data[1:], Failure)  # type: ignore[arg-type]
+    except WireError as error:
+        return Rejection(party, "malformed", error.what)
+    return found if found.site == party else Rejection(party, "wrong_site", "a failure in another party's name")
+
+
+def _delivery(site: str, request: bytes, reply: bytes | Failure, seconds: float, expected: Any) -> Delivery:
+    if isinstance(reply, Dropout | Rejection):
         return Delivery(site, reply, len(request), 0, seconds)
     try:
         message: Answer | Rejection = wire.decode(reply, expected)

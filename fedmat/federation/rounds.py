@@ -39,7 +39,7 @@ from fedmat.domain import (
 )
 from fedmat.envelopes import ROLES, AuditVote, Ciphertexts, Header, Masked, MaskedSumRequest, Submission
 from fedmat.errors import ProtocolError, RoundFailed, StateError
-from fedmat.federation.engine import Engine
+from fedmat.federation.engine import ANSWERED, Engine, Failure, frame, unframe
 from fedmat.federation.plan import Plan
 from fedmat.keys import Charter
 from fedmat.seeds import derive
@@ -115,8 +115,9 @@ class Replay(Engine):
 
     def __init__(self, engine: Engine, folder: Path) -> None:
         self._engine, self._folder = engine, folder
+        self.side_by_side = engine.side_by_side
 
-    def exchange(self, data: Mapping[str, bytes], deadline_s: float) -> Sequence[tuple[bytes | Dropout, float]]:
+    def exchange(self, data: Mapping[str, bytes], deadline_s: float) -> Sequence[tuple[bytes | Failure, float]]:
         """See :class:`Engine`; a stored answer took no time."""
         paths = {party: self._folder / f"{party}-{files.sha256(request)[:32]}.answer" for party, request in data.items()}
         missing = {party: request for party, request in data.items() if not paths[party].exists()}
@@ -124,20 +125,14 @@ class Replay(Engine):
         for party, (reply, _) in fresh.items():
             if party in ROLES and isinstance(reply, Dropout) and reply.reason != "refused":
                 continue  # a role that was away may be back, and its answer is the same whenever it comes
-            stored = b"\x01" + reply if isinstance(reply, bytes) else b"\x00" + wire.encode(reply)
-            files.write_atomic(paths[party], stored)
-        return [fresh[party] if party in fresh else (_stored(paths[party]), 0.0) for party in data]
+            files.write_atomic(paths[party], frame(reply))
+        return [fresh[party] if party in fresh else (unframe(party, paths[party].read_bytes()), 0.0) for party in data]
 
     def forget(self, *, failures: bool = False) -> None:
         """Removes the answers of a round that is saved; or only those that say a party failed, so that it is asked again."""
         for path in self._folder.glob("*.answer" if failures else "*"):
-            if not failures or isinstance(_stored(path), Dropout):
+            if not failures or path.read_bytes()[:1] != ANSWERED:
                 path.unlink()
-
-
-def _stored(path: Path) -> bytes | Dropout:
-    data = path.read_bytes()
-    return data[1:] if data[:1] == b"\x01" else wire.decode(data[1:], Dropout)
 
 
 class Asking:
