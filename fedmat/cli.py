@@ -11,10 +11,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+import fedmat.cli_drop  # adds its commands to site_app
 import fedmat.telemetry  # noqa: F401  before anything that would phone home
 from fedmat.cli_bench import bench
+from fedmat.cli_consortium import consortium_app
 from fedmat.cli_data import data_app, site_app
 from fedmat.cli_keys import keys_app
+from fedmat.cli_parties import rehearse
 from fedmat.commands import DEBUG, Group, Home, Json, Store
 
 app = typer.Typer(
@@ -27,12 +30,12 @@ app = typer.Typer(
     help="One property model for many materials companies; no record leaves its company.\n\n"
     "Start with fedmat demo. With your own data: fedmat site init, fedmat site check, fedmat run.",
     epilog="Exit codes: 0 done, 1 bug, 2 settings or usage, 3 a site's data, 4 a round failed, 5 saved state, 6 a message, "
-    "7 a service, 8 not evidenced, 130 interrupted. More: docs/errors.md",
+    "7 a service, 8 not evidenced, 9 a site's policy, 130 interrupted. More: docs/errors.md",
 )
 app.add_typer(site_app, name="site")
+app.add_typer(consortium_app, name="consortium")
 app.add_typer(data_app, name="data")
 app.add_typer(keys_app, name="keys")
-app.command()(bench)
 
 Orchestrated = Annotated[
     Literal["auto", "prefect", "none"],
@@ -387,3 +390,9 @@ def serve(
         consortium, cron=cron, timezone=timezone, every=timedelta(seconds=every) if every else None, name=name, home=home,
         rounds=rounds, register=register, tracking_uri=tracking_uri, prefect_port=prefect_port, say=console.say,
     )  # fmt: skip
+
+
+# --- between organisations, and to measure -----------------------------------------------------------------------
+
+app.command()(rehearse)
+app.command()(bench)

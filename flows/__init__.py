@@ -57,6 +57,9 @@ def run_all(
     orchestrator: Wanted = "auto",
     on_event: Callable[[Event], None] | None = None,
     quiet: bool = True,
+    project: Path | str | None = None,
+    token: str | None = None,
+    deadline_s: float | None = None,
 ) -> Outcome:
     """Runs a consortium from its sites' data to a registered model.
 
@@ -71,6 +74,8 @@ def run_all(
         orchestrator: ``auto`` uses Prefect if it can be had, ``prefect`` insists on it, ``none`` runs plain functions.
         on_event: called with every :class:`flows.shared.Step` and :class:`fedmat.domain.RoundReport`.
         quiet: keeps Prefect's progress lines off the terminal.
+        project: the operator's project folder, where sites are other organisations; it replaces ``home``.
+        token, deadline_s: with a project, as in :func:`flows.federate.federate`.
 
     Raises:
         FedmatError: the consortium, its data or a service is at fault; see ``docs/errors.md``.
@@ -78,24 +83,29 @@ def run_all(
     from dataclasses import replace
 
     from fedmat.errors import FedmatError, ServiceError
-    from fedmat.pipeline import open_run
     from flows.federate import consortium_run
     from flows.services import Orchestrator, orchestration
-    from flows.shared import LISTENER
+    from flows.shared import DEADLINE_S, LISTENER, check_project, reference
 
-    run = open_run(Path(consortium), home=Path(home) if home else None, run_id=run_id, rounds=rounds)
+    if project is not None:
+        check_project(project)
+    place = project or home
+    run = reference(str(consortium), str(place) if place else None, run_id, rounds)
     given = {
         "consortium": str(run.consortium_file),
-        "home": str(run.home),
+        "home": str(run.home) if project is None else None,
+        "project": str(run.home) if project is not None else None,
+        "token": token,
+        "deadline_s": DEADLINE_S if deadline_s is None else deadline_s,
         "run_id": run_id,
         "rounds": rounds,
         "fresh": fresh,
         "to_registry": register,
         "tracking_uri": tracking_uri,
     }
-    token = LISTENER.set(on_event)
+    listening = LISTENER.set(on_event)
     try:
-        with orchestration(orchestrator, run.home, quiet=quiet, meanwhile=_import_tools) as who:
+        with orchestration(orchestrator, run.home, quiet=quiet, meanwhile=_nothing if project else _import_tools) as who:
             if who.name == "none":
                 made = consortium_run.fn(**given)
             else:
@@ -110,7 +120,7 @@ def run_all(
                     who = Orchestrator("none", f"plain functions, because {what}")
                     made = consortium_run.fn(**{**given, "fresh": False})  # what was done before is kept
     finally:
-        LISTENER.reset(token)
+        LISTENER.reset(listening)
     return Outcome(
         run=replace(run, run_id=made["run_id"]),
         report=Path(made["report"]),
@@ -118,6 +128,10 @@ def run_all(
         registered=made["registered"],
         orchestrator=who,
     )
+
+
+def _nothing() -> None:
+    """The sites do the work: there is nothing to import for it."""
 
 
 def _import_tools() -> None:

@@ -2,19 +2,40 @@
 
 Rounds are one task, not one task each: the coordinator keeps its own state after every round, and Prefect gets a
 progress bar now and then and one table at the end, which costs well under 0.3 s a round.
+
+Where the sites are other organisations (``project``), each prepares its data at home, and what is asked of sites is done by a job
+at the operator's FLARE server; this side submits it and follows it.
 """
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedmat import pipeline
-from fedmat.errors import DataError, SiteRefused
-from fedmat.pipeline import Run
+from fedmat import files, pipeline
+from fedmat.domain import RoundReport
+from fedmat.errors import DataError, ServiceError, SiteRefused
+from fedmat.pipeline import METRICS, MODEL, Run
 from flows.prepare import prepare
 from flows.publish import publish
-from flows.shared import Board, call, flow, key, perform, reference, rename, run_name, table, task, tell
+from flows.shared import (
+    DEADLINE_S,
+    Board,
+    Event,
+    alert,
+    call,
+    check_project,
+    flow,
+    key,
+    perform,
+    reference,
+    rename,
+    run_name,
+    table,
+    task,
+    tell,
+)
 
 
 # None of these is retried: they fail on data, on settings or on a quorum, and a second try would find the same. A run
@@ -50,6 +71,32 @@ def evaluate(run: Run) -> dict[str, Any]:
     return perform("evaluate", lambda: pipeline.evaluate(run), run=run)
 
 
+@task(name="operate", tags=["fedmat"])
+def operate(run: Run, fresh: bool, token: str | None, deadline_s: float) -> tuple[Run, str]:
+    """Has a job do the rounds, baselines and evaluation; returns the run under its name, and the order's token."""
+    from fedmat.federation.flare import Session
+    from flows import operate as side
+
+    board = Board(run.config().name, run.plan().settings.rounds)
+    placed = side.place(
+        run.home, run.consortium_file, datetime.now(UTC), token=token, run_id=run.run_id, rounds=run.rounds, fresh=fresh
+    )
+
+    def hear(event: Event) -> None:
+        tell(event)
+        if isinstance(event, RoundReport):
+            board.round(event)
+
+    def job() -> Run:
+        done = side.follow(placed, session=lambda: Session(run.home / "admin"), on_event=hear, deadline_s=deadline_s)
+        return done.run()
+
+    try:
+        return perform("train", job, run=run, detail=lambda r: f"order {placed.token}, run {r.run_id}"), placed.token
+    finally:
+        board.close()
+
+
 @task(name="report", tags=["fedmat"])
 def report(run: Run) -> Path:
     """Writes the report page."""
@@ -58,7 +105,14 @@ def report(run: Run) -> Path:
 
 @flow(name="federate", flow_run_name=run_name, description="Prepares all sites, runs the rounds, evaluates and reports.")
 def federate(
-    consortium: str, home: str | None = None, run_id: str | None = None, rounds: int | None = None, fresh: bool = False
+    consortium: str,
+    home: str | None = None,
+    run_id: str | None = None,
+    rounds: int | None = None,
+    fresh: bool = False,
+    project: str | None = None,
+    token: str | None = None,
+    deadline_s: float = DEADLINE_S,
 ) -> dict[str, str]:
     """Runs a consortium up to its report and returns references to what it made.
 
@@ -68,21 +122,26 @@ def federate(
         run_id: name of the run; by default it is named by plan and data, so the same again goes on where it stopped.
         rounds: replaces the plan's number of rounds.
         fresh: throws away earlier rounds of this run.
+        project: the operator's project folder, whose FLARE server reaches the sites; it is the workspace then. None: all sites
+            are here.
+        token: with a project, name of the order; by default plan and day, so that the same again goes on with it.
+        deadline_s: with a project, how long sites and jobs may take together.
     """
-    run = reference(consortium, home, run_id, rounds)
+    if project is not None:
+        check_project(project)
+    run = reference(consortium, project or home, run_id, rounds)
     name = run.config().name
-    refused: list[DataError] = []
-    for site in run.sites:
-        try:
-            call(prepare, str(run.consortium_file), site, str(run.home), tags=(f"consortium:{name}", f"site:{site}"))
-        except DataError as trouble:  # the other sites still hear what is wrong with theirs
-            refused.append(trouble)
-    if len(run.sites) - len(refused) < run.plan().settings.quorum:
-        raise _together(refused)  # otherwise the run goes on without them, and every report says so
-    rename(f"{name}/{run.folder.name}")
-    call(train, run, fresh)
-    call(baselines, run)
-    metrics = call(evaluate, run)
+    order = ""
+    if project is None:
+        _prepare_all(run)
+        rename(f"{name}/{run.folder.name}")
+        call(train, run, fresh)
+        call(baselines, run)
+        metrics = call(evaluate, run)
+    else:
+        run, order = call(operate, run, fresh, token, deadline_s)
+        rename(f"{name}/{run.folder.name}")
+        metrics = files.read_json(run.folder / METRICS)
     page = call(report, run)
     table(key(name, "benefit"), _benefit(metrics), f"{name}: {metrics['task']['metric']} in {metrics['task']['metric_unit']}")
     return {
@@ -90,10 +149,17 @@ def federate(
         "folder": str(run.folder),
         "report": str(page),
         "model_sha256": str(metrics["model"]["sha256"]),
+        "order": order,
     }
 
 
-@flow(name="consortium-run", flow_run_name=run_name, description="From the sites' data to a registered model.")
+@flow(
+    name="consortium-run",
+    flow_run_name=run_name,
+    on_failure=[alert],
+    on_crashed=[alert],
+    description="From the sites' data to a registered model.",
+)
 def consortium_run(
     consortium: str,
     home: str | None = None,
@@ -102,13 +168,46 @@ def consortium_run(
     fresh: bool = False,
     to_registry: bool = True,
     tracking_uri: str | None = None,
+    project: str | None = None,
+    token: str | None = None,
+    deadline_s: float = DEADLINE_S,
 ) -> dict[str, Any]:
-    """Federates and, unless ``to_registry`` is off, publishes; see :func:`federate`, :func:`flows.publish.publish`."""
-    tags = (f"consortium:{reference(consortium, home, run_id, rounds).config().name}",)
-    made: dict[str, Any] = call(federate, consortium, home, run_id, rounds, fresh, tags=tags)
-    rename(f"{tags[0].removeprefix('consortium:')}/{made['run_id']}")
-    registered = call(publish, consortium, home, made["run_id"], rounds, tracking_uri, tags=tags) if to_registry else None
-    return {**made, "registered": registered}
+    """Federates and, unless ``to_registry`` is off, publishes; see :func:`federate`, :func:`flows.publish.publish`.
+
+    Raises:
+        ServiceError: also when only the registration is missing; the finished model is on disk then, and the message says so.
+    """
+    place = project or home
+    name = reference(consortium, place, run_id, rounds).config().name
+    tags = (f"consortium:{name}",)
+    made: dict[str, Any] = call(federate, consortium, home, run_id, rounds, fresh, project, token, deadline_s, tags=tags)
+    rename(f"{name}/{made['run_id']}")
+    if not to_registry:
+        return {**made, "registered": None}
+    try:
+        return {**made, "registered": call(publish, consortium, place, made["run_id"], rounds, tracking_uri, tags=tags)}
+    except ServiceError as trouble:
+        why = trouble.what
+    if project is not None:
+        from flows import operate as side
+
+        side.reopen(Path(project), made["order"])
+    raise ServiceError(
+        f"the model is finished and on disk ({Path(made['folder']) / MODEL}); its registration is pending: {why}",
+        fix="start MLflow and run the same command again: nothing is trained again",
+    )
+
+
+def _prepare_all(run: Run) -> None:
+    refused: list[DataError] = []
+    for site in run.sites:
+        try:
+            tags = (f"consortium:{run.config().name}", f"site:{site}")
+            call(prepare, str(run.consortium_file), site, str(run.home), tags=tags)
+        except DataError as trouble:  # the other sites still hear what is wrong with theirs
+            refused.append(trouble)
+    if len(run.sites) - len(refused) < run.plan().settings.quorum:
+        raise _together(refused)  # otherwise the run goes on without them, and every report says so
 
 
 def _together(refused: list[DataError]) -> DataError:

@@ -6,20 +6,22 @@ process, however it ends.
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import fedmat.telemetry  # noqa: F401  before Prefect is imported
-from fedmat.errors import ConfigError, ServiceError
-from fedmat.pipeline import open_run
+from fedmat.errors import ConfigError, ServiceError, StateError
+from fedmat.party import Party
 from flows.services import (
     LOOPBACK,
     Child,
@@ -32,6 +34,7 @@ from flows.services import (
     take_port,
     withdraw,
 )
+from flows.shared import DEADLINE_S, check_project, reference
 
 START_S = 180.0
 PREFECT_PORT, MLFLOW_PORT = 4200, 5000
@@ -51,10 +54,13 @@ def serve(
     host: str = LOOPBACK,
     prefect_port: int = PREFECT_PORT,
     say: Callable[[str], None] = print,
+    project: Path | str | None = None,
+    deadline_s: float = DEADLINE_S,
 ) -> None:
     """Runs a consortium on a schedule until it is stopped (Ctrl-C, SIGTERM); two of its runs never overlap.
 
     Every run takes the sites' data as it then is: unchanged data finds its finished run, changed data makes a new one.
+    A run that fails leaves a page in Prefect and a line in ``alerts.jsonl`` of its workspace.
 
     Args:
         consortium: the consortium file.
@@ -62,39 +68,52 @@ def serve(
         timezone: IANA name, e.g. ``Europe/Berlin``; the hour stays when summer time begins.
         name: of the deployment, so that ``consortium-run/<name>`` can also be started by hand.
         prefect_port: of the server that is started when none is configured or running for this home; 0 takes a free one.
+        project: the operator's project folder, where sites are other organisations; it replaces ``home``.
+        deadline_s: with a project, how long sites and jobs may take together.
 
     Raises:
         ConfigError: the consortium file, the schedule or the time zone is wrong.
+        StateError: the project folder is none.
         ServiceError: the port is taken, or the server cannot be had.
     """
-    run = open_run(Path(consortium), home=Path(home) if home else None, rounds=rounds)
-    schedule = _schedule(cron, timezone, every)
-    with _stopped_by_signal(), _server(run.home, host, prefect_port, say) as url:
-        import prefect
-        from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
-        from prefect.deployments.runner import EntrypointType
-        from prefect.settings import temporary_settings
+    if project is not None:
+        check_project(project)
+    place = project or home
+    run = reference(str(consortium), str(place) if place else None, None, rounds)
+    given: dict[str, Any] = {
+        "consortium": str(run.consortium_file),
+        "rounds": rounds,
+        "to_registry": register,
+        "tracking_uri": tracking_uri,
+    }
+    given |= {"home": str(run.home)} if project is None else {"project": str(run.home), "deadline_s": deadline_s}
+    served = _Served("consortium_run", "flows.federate", name, given, f"consortium:{run.config().name}", run.config().name)
+    _serve(served, run.home, _schedule(cron, timezone, every), _when(cron, timezone, every), host, prefect_port, say)
 
-        from flows.federate import consortium_run
 
-        with temporary_settings({"home": prefect_home(run.home), "api.url": f"{url}/api"}):  # type: ignore[dict-item]
-            deployment = consortium_run.to_deployment(
-                name,
-                schedules=[schedule],
-                parameters={
-                    "consortium": str(run.consortium_file),
-                    "home": str(run.home),
-                    "rounds": rounds,
-                    "to_registry": register,
-                    "tracking_uri": tracking_uri,
-                },
-                tags=["fedmat", f"consortium:{run.config().name}"],
-                # A round that is still running when the next is due: the next is left out, not queued behind it.
-                concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
-                entrypoint_type=EntrypointType.MODULE_PATH,
-            )
-            say(f"{run.config().name}: serving consortium-run/{name}, {_when(cron, timezone, every)}; {url}")
-            prefect.serve(deployment, limit=1, print_starting_message=False)
+def serve_party(
+    home: Path | str,
+    *,
+    cron: str = "0 18 * * 1-5",
+    timezone: str = "UTC",
+    every: timedelta | None = None,
+    name: str = "daily",
+    host: str = LOOPBACK,
+    prefect_port: int = PREFECT_PORT,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Prepares a site's data on a schedule, on the site's own machine, until it is stopped.
+
+    While it runs, the site's desk shows its rounds in the same server.
+
+    Args:
+        home: the party's folder; other arguments and errors as in :func:`serve`.
+    """
+    party = Party.load(Path(home))
+    if party.kind != "site":
+        raise StateError(f"{home}: {party.name} is no site and has no data", fix="name the folder of a site")
+    served = _Served("prepare_party", "flows.site", name, {"home": str(party.home)}, f"site:{party.name}", party.name)
+    _serve(served, party.home, _schedule(cron, timezone, every), _when(cron, timezone, every), host, prefect_port, say)
 
 
 def ui(
@@ -124,7 +143,7 @@ def ui(
     take_port(mlflow_port, "--mlflow-port", host)
     children: list[Child] = []
     try:
-        with _stopped_by_signal():
+        with stopped_by_signal():
             prefect_child = prefect_server(workspace, host=host, port=prefect_port)
             children.append(prefect_child)
             if not store.startswith(("http://", "https://")):
@@ -144,7 +163,7 @@ def ui(
     except KeyboardInterrupt:
         say("stopping")
     finally:
-        with _signals_ignored():
+        with signals_ignored():
             if children:
                 withdraw(workspace)
             for child in reversed(children):
@@ -169,6 +188,42 @@ def mlflow_server(home: Path, tracking_uri: str, *, host: str = LOOPBACK, port: 
 
 
 # --- inside --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A flow as a deployment: where it is, its name and parameters, and who it is about."""
+
+    flow: str
+    module: str
+    name: str
+    given: dict[str, Any]
+    tag: str
+    about: str
+
+
+def _serve(
+    served: _Served, home: Path, schedule: Any, when: str, host: str, prefect_port: int, say: Callable[[str], None]
+) -> None:
+    with stopped_by_signal(), _server(home, host, prefect_port, say) as url:
+        import prefect
+        from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+        from prefect.deployments.runner import EntrypointType
+        from prefect.settings import temporary_settings
+
+        flow = getattr(importlib.import_module(served.module), served.flow)
+        with temporary_settings({"home": prefect_home(home), "api.url": f"{url}/api"}):  # type: ignore[dict-item]
+            deployment = flow.to_deployment(
+                served.name,
+                schedules=[schedule],
+                parameters=served.given,
+                tags=["fedmat", served.tag],
+                # A run that is still going when the next is due: the next is left out, not queued behind it.
+                concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
+                entrypoint_type=EntrypointType.MODULE_PATH,
+            )
+            say(f"{served.about}: serving {flow.name}/{served.name}, {when}; {url}")
+            prefect.serve(deployment, limit=1, print_starting_message=False)
 
 
 def _schedule(cron: str, timezone: str, every: timedelta | None) -> Any:
@@ -219,13 +274,13 @@ def _server(home: Path, host: str, port: int, say: Callable[[str], None]) -> Ite
         announce(home, child, url)
         yield url
     finally:
-        with _signals_ignored():
+        with signals_ignored():
             withdraw(home)
             child.stop()
 
 
 @contextmanager
-def _stopped_by_signal() -> Iterator[None]:
+def stopped_by_signal() -> Iterator[None]:
     """Turns SIGTERM into what Ctrl-C does, so that one way out cleans up after both."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -242,7 +297,7 @@ def _stopped_by_signal() -> Iterator[None]:
 
 
 @contextmanager
-def _signals_ignored() -> Iterator[None]:
+def signals_ignored() -> Iterator[None]:
     """A second Ctrl-C must not leave half of the servers behind."""
     if threading.current_thread() is not threading.main_thread():
         yield

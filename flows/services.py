@@ -58,13 +58,20 @@ class Child:
 
     Args:
         name: for messages.
-        url: an address that answers 200 once the server is ready.
+        url: an address that answers 200 once the server is ready; empty for a process that has none.
         log: file that gets the server's output.
         option: the option a person changes when the port is taken.
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], *, url: str, log: Path, env: Mapping[str, str], option: str = ""
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        log: Path,
+        url: str = "",
+        env: Mapping[str, str] | None = None,
+        option: str = "",
     ) -> None:
         self.name, self.url, self.log, self._option = name, url, log, option
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +81,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **env},
+                env={**os.environ, **(env or {})},
                 start_new_session=True,
             )
 

@@ -9,20 +9,23 @@ only, and :func:`perform` is the one place where an exception can pass from a st
 
 from __future__ import annotations
 
+import copy
 import functools
+import json
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import fedmat.telemetry  # noqa: F401  before Prefect is imported
 from fedmat import files
 from fedmat.domain import RoundReport
-from fedmat.errors import FedmatError, ServiceError
+from fedmat.errors import FedmatError, ServiceError, StateError
 from fedmat.pipeline import Run, open_run
 
 try:
@@ -32,6 +35,9 @@ except Exception:  # a broken Prefect must not stop a run: everything below then
     prefect = None  # type: ignore[assignment]
 
 T = TypeVar("T")
+PROJECT, CHARTER = "project.json", "charter.json"  # in the operator's folder; fedmat.conductor, which knows them, imports FLARE
+ALERTS = "alerts.jsonl"
+DEADLINE_S = 86_400.0  # for what one run asks of other organisations
 
 
 @dataclass(frozen=True)
@@ -117,8 +123,30 @@ def may_pass(task: Any, run: Any, state: Any) -> bool:
 
 
 def reference(consortium: str, home: str | None, run_id: str | None = None, rounds: int | None = None) -> Run:
-    """Returns the run that a flow's parameters name; errors as in :func:`fedmat.pipeline.open_run`."""
-    return open_run(Path(consortium), home=Path(home) if home else None, run_id=run_id, rounds=rounds)
+    """Returns the run that a flow's parameters name; errors as in :func:`fedmat.pipeline.open_run`.
+
+    In the operator's project folder the members' site files are not looked for: each is on its own party's machine.
+    """
+    if home is None or not (Path(home) / PROJECT).is_file():
+        return open_run(Path(consortium), home=Path(home) if home else None, run_id=run_id, rounds=rounds)
+    place = Path(home).resolve()
+    charter = place / CHARTER
+    run = Run(Path(consortium).resolve(), place, run_id, rounds, None, charter if charter.exists() else None)
+    run.plan()
+    return run
+
+
+def check_project(folder: Path | str) -> None:
+    """Refuses a folder that is no operator's project.
+
+    Raises:
+        StateError: it is none.
+    """
+    if not (Path(folder) / PROJECT).is_file():
+        raise StateError(
+            f"{folder}: is not a project folder ({PROJECT} is missing)",
+            fix="make it with fedmat consortium init, or correct the path",
+        )
 
 
 def run_name() -> str:
@@ -128,7 +156,7 @@ def run_name() -> str:
     given = runtime.flow_run.parameters
     parts = [Path(str(given.get("consortium", ""))).resolve().parent.name, given.get("site"), given.get("run_id")]
     with suppress(Exception):
-        parts[0] = reference(str(given["consortium"]), given.get("home")).config().name
+        parts[0] = reference(str(given["consortium"]), given.get("project") or given.get("home")).config().name
     return "/".join(str(p) for p in parts if p)
 
 
@@ -162,7 +190,7 @@ def perform(
     try:
         result = work()
     except FedmatError as error:
-        trouble = type(error)(error.what, fix=error.fix)
+        trouble = copy.copy(error)
     except Exception as error:  # law 2: a foreign text may hold a cell value  # noqa: BLE001
         trouble = _unexpected(step, error, run, site)
     else:
@@ -183,6 +211,45 @@ def _unexpected(step: str, error: Exception, run: Run, site: str | None) -> Fedm
         files.write_atomic(path, text.encode())
     who = f"site {site}, step {step}" if site else f"step {step}"
     return FedmatError(f"{who}: unexpected {type(error).__name__}", fix=f"see {path}, and report it as a bug")
+
+
+def alert(flow: Any, flow_run: Any, state: Any) -> None:
+    """Prefect's hook for a run of a deployment that failed: a page, and a line in ``alerts.jsonl`` of its home for other tools.
+
+    A run that a person started shows its error to that person. Foreign errors are named by type, as everywhere.
+    """
+    del flow
+    if flow_run is None or flow_run.deployment_id is None:
+        return
+    error: Any = None
+    with suppress(Exception):  # a crashed run has no error, and what a state kept may not come back
+        error = state.result(raise_on_failure=False) if state.is_failed() else None
+    kind = type(error).__name__ if isinstance(error, BaseException) else state.name
+    ours = isinstance(error, FedmatError)
+    row = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "flow_run": flow_run.name,
+        "kind": kind,
+        "what": error.what if ours else f"the flow run ended: {kind}",
+        "fix": error.fix if ours else "see its page in Prefect, and errors/ of its workspace",
+    }
+    given = flow_run.parameters
+    with suppress(Exception):  # the error itself is with Prefect; telling of it may fail without hiding it
+        home = given.get("project") or given.get("home")
+        place = Path(home) if home else reference(given["consortium"], None).home
+        place.mkdir(parents=True, exist_ok=True)
+        with (place / ALERTS).open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row, sort_keys=True) + "\n")
+    with suppress(Exception):
+        from prefect.client.orchestration import get_client
+        from prefect.client.schemas.actions import ArtifactCreate
+
+        text = f"# {row['kind']}\n\n{row['what']}\n\n{row['fix']}\n"
+        page = ArtifactCreate(
+            key=key(flow_run.name, "alert"), type="markdown", description=row["kind"], data=text, flow_run_id=flow_run.id
+        )
+        with get_client(sync_client=True) as client:
+            client.create_artifact(page)
 
 
 # --- artifacts -----------------------------------------------------------------------------------------------------

@@ -18,12 +18,12 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("exam
 
 def commands(page: Path) -> list[tuple[int, list[str]]]:
     """Every command line of a page's shell blocks, with its line number, split into words."""
-    found, inside, joined = [], False, ""
+    found, block, joined = [], None, ""
     for number, line in enumerate(page.read_text().splitlines(), start=1):
         if line.strip().startswith("```"):
-            inside = not inside and line.strip() in ("```bash", "```sh", "```console", "```shell", "```")
+            block = line.strip().removeprefix("```") if block is None else None
             continue
-        if not inside:
+        if block not in ("bash", "sh", "console", "shell", ""):
             continue
         joined += line.strip().removeprefix("$ ")
         if joined.endswith("\\"):
