@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format expectations bench bench-trust docs ui clean
+.PHONY: help setup demo test test-slow test-flare screenshots check format expectations bench bench-trust docs ui clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,12 @@ test: $(STAMP) ## the default tests
 
 test-slow: $(STAMP) ## the long tests: servers, statistics, scale
 	$(BIN)/python -m pytest -m "slow or scale"
+
+test-flare: $(STAMP) ## every fault between organisations, over FLARE on loopback
+	$(BIN)/python -m pytest -m "flare or not flare" tests/flare tests/federation/test_flare.py
+
+screenshots: $(STAMP) ## docs/images: Prefect and MLflow after a scheduled round (needs chromium)
+	$(BIN)/python docs/screenshots.py
 
 check: $(STAMP) ## format, lint, types, import rules, generated files
 	$(BIN)/ruff format --check .

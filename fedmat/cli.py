@@ -19,6 +19,7 @@ from fedmat.cli_data import data_app, site_app
 from fedmat.cli_keys import keys_app
 from fedmat.cli_parties import rehearse
 from fedmat.commands import DEBUG, Group, Home, Json, Store
+from fedmat.errors import ConfigError
 
 app = typer.Typer(
     cls=Group,
@@ -40,6 +41,10 @@ app.add_typer(keys_app, name="keys")
 Orchestrated = Annotated[
     Literal["auto", "prefect", "none"],
     typer.Option(help="Who chains the steps: Prefect, plain functions, or Prefect if it can be had. The model is the same."),
+]
+Project = Annotated[
+    Path | None,
+    typer.Option(help="The operator's project folder: sites are other organisations, reached through its FLARE server."),
 ]
 Consortium = Annotated[Path, typer.Argument(help="The consortium file.", metavar="CONSORTIUM")]
 
@@ -99,17 +104,22 @@ def run(
     orchestrator: Orchestrated = "auto",
     register: Annotated[bool, typer.Option(help="Register the model in MLflow.")] = True,
     tracking_uri: Store = None,
+    project: Project = None,
+    token: Annotated[str | None, typer.Option(help="With --project: name of the order.", show_default="plan and day")] = None,
     as_json: Json = False,
 ) -> None:
     """Run a consortium, from its sites' data to a registered model.
 
     Prepares every site's data, trains in rounds, compares with what each site could do alone, reports and registers.
+    With --project the sites are other organisations, reached through the operator's FLARE server; each prepares its data at home.
 
     A run that was interrupted goes on where it stopped; rounds that are done are not done again.
 
     Example:  fedmat run examples/cells/consortium.yaml --rounds 10 --json
     """
-    _run(consortium, home, run_id, rounds, fresh, orchestrator, register, tracking_uri, as_json)
+    if project is not None and home is not None:
+        raise ConfigError("--project and --home", fix="give one: a project folder is the workspace of its runs")
+    _run(consortium, home, run_id, rounds, fresh, orchestrator, register, tracking_uri, as_json, project, token)
 
 
 def _run(
@@ -122,14 +132,18 @@ def _run(
     register: bool,
     tracking_uri: str | None,
     as_json: bool,
+    project: Path | None = None,
+    token: str | None = None,
 ) -> None:
     import time
 
     from fedmat import console, pipeline
 
     started = time.perf_counter()
-    opened = pipeline.open_run(consortium, home=home, run_id=run_id, rounds=rounds)
-    config = opened.config()
+    if project is None:
+        config = pipeline.open_run(consortium, home=home, run_id=run_id, rounds=rounds).config()
+    else:  # the sites' files are at the sites
+        config = pipeline.Run(consortium.resolve(), project.resolve(), run_id, rounds).config()
     console.say(f"{config.title}: {len(config.members)} sites, {config.plan.rounds} rounds")
     progress = console.RunProgress(len(config.members), config.plan.rounds)
     try:
@@ -138,7 +152,7 @@ def _run(
 
             outcome = flows.run_all(
                 consortium, home=home, run_id=run_id, rounds=rounds, fresh=fresh, register=register,
-                tracking_uri=tracking_uri, orchestrator=orchestrator, on_event=progress,
+                tracking_uri=tracking_uri, orchestrator=orchestrator, on_event=progress, project=project, token=token,
             )  # fmt: skip
     except KeyboardInterrupt:
         console.say("interrupted; the same command goes on where it stopped")
@@ -159,7 +173,7 @@ def _run(
         )
         return
     console.show_result(metrics)
-    console.show_where(_where(consortium, home, folder, outcome.report, metrics, outcome.registered))
+    console.show_where(_where(consortium, project or home, folder, outcome.report, metrics, outcome.registered))
     console.say(f"\n{seconds:.0f} s; steps chained by {outcome.orchestrator.name} ({outcome.orchestrator.why})")
 
 
@@ -374,6 +388,7 @@ def serve(
     prefect_port: Annotated[int, typer.Option(min=0, max=65535, help="Of the server, if one has to be started.")] = 4200,
     register: Annotated[bool, typer.Option(help="Register the models in MLflow.")] = True,
     tracking_uri: Store = None,
+    project: Project = None,
 ) -> None:
     """Run a consortium every night until Ctrl-C.
 
@@ -389,6 +404,7 @@ def serve(
     services.serve(
         consortium, cron=cron, timezone=timezone, every=timedelta(seconds=every) if every else None, name=name, home=home,
         rounds=rounds, register=register, tracking_uri=tracking_uri, prefect_port=prefect_port, say=console.say,
+        project=project,
     )  # fmt: skip
 
 

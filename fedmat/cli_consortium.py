@@ -201,20 +201,37 @@ def consortium_members(project: Project, as_json: Json = False) -> None:
 def consortium_revoke(party: PartyName, project: Project, as_json: Json = False) -> None:
     """End a party's membership.
 
-    The server refuses its certificate from its next connection on. To end a connection that is open, start the server again.
+    The server refuses its certificate from now on, and a connection that is open ends.
 
     Example:  fedmat consortium revoke acme-cells --project project
     """
     from fedmat import console, provision
 
     serial = provision.revoke(project, party)
+    ended = _disconnected(project, party)
     if as_json:
-        console.write_json({"party": party, "serial": serial})
+        console.write_json({"party": party, "serial": serial, "disconnected": ended})
         return
     console.say(f"{party}: revoked" + (f" (serial {serial})" if serial else "; it had no certificate yet"))
-    console.say(
-        "next: stop and start the server, so that an open connection ends; agree on a charter without it (docs/keys.md)"
-    )
+    console.say("its connection was ended" if ended else "it was not connected, or the server does not run")
+    console.say("next: agree on a charter without it (docs/keys.md)")
+
+
+def _disconnected(project: Path, party: str) -> bool:
+    """Ends a party's registration at a server that runs; its next one is refused."""
+    if not (project / "run" / "processes.json").exists():
+        return False
+    from fedmat.errors import ServiceError
+    from fedmat.federation.flare import Session
+
+    try:
+        with Session(project / "admin") as session:
+            connected = party in session.system().parties
+            if connected:
+                session.remove(party)
+            return connected
+    except ServiceError:
+        return False
 
 
 @consortium_app.command("renew")

@@ -66,7 +66,7 @@ def site_status(home: Folder, as_json: Json = False) -> None:
         *((name, "runs" if there else "does not run") for name, there in found["running"].items()),
         (
             "data",
-            f"dataset {ready['dataset_sha256'][:12]}, {ready['prepared']}" if ready else "not prepared: fedmat site prepare",
+            f"dataset {ready['dataset_sha256'][:12]}, {ready['date']}" if ready else "not prepared: fedmat site prepare",
         ),
         ("trouble", found["trouble"] or "none in its log"),
     ]
@@ -88,7 +88,34 @@ def site_prepare(home: Folder, as_json: Json = False) -> None:
         console.write_json(found)
         return
     console.say(
-        f"{found['site']}: {found['n_records']} records, {found['n_rejected']} rejected, dataset {found['dataset_sha256'][:12]}"
+        f"{found['party']}: {found['n_records']} records, {found['n_rejected']} rejected, dataset {found['dataset_sha256'][:12]}"
+    )
+
+
+@site_app.command("serve")
+def site_serve(
+    home: Folder,
+    cron: Annotated[str, typer.Option(help="When: minute, hour, day, month, weekday.")] = "0 18 * * 1-5",
+    timezone: Annotated[str, typer.Option(help="IANA name, e.g. Europe/Berlin.")] = "UTC",
+    every: Annotated[int | None, typer.Option(min=1, help="Prepare every so many seconds instead of --cron.")] = None,
+    prefect_port: Annotated[int, typer.Option(min=0, max=65535, help="Of the server, if one has to be started.")] = 4200,
+) -> None:
+    """Prepare a site's data on a schedule until Ctrl-C, with the site's own Prefect, which also shows its rounds.
+
+    Example:  fedmat site serve --home /srv/fedmat/acme --cron "0 18 * * 1-5" --timezone Europe/Berlin
+    """
+    from datetime import timedelta
+
+    from fedmat import console
+    from flows import serve as services
+
+    services.serve_party(
+        home,
+        cron=cron,
+        timezone=timezone,
+        every=timedelta(seconds=every) if every else None,
+        prefect_port=prefect_port,
+        say=console.say,
     )
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _PLAIN_WIDTH = 120  # of output that goes to a file or a pipe
 _STEPS = ("ingest", "version", "featurize")  # of every site
 _SAID = {
+    "gather": "parties connect",
+    "job": "a job at the FLARE server",
     "baselines": "local-only, fine-tuned and pooled models",
     "evaluate": "scoring every model on held-out groups",
     "report": "writing the report",

@@ -28,6 +28,7 @@ from fedmat.federation.engine import Failure, ProcessEngine
 from fedmat.pipeline import REFERENCE, Run
 
 PARTY, CONSORTIUM, CHARTER, POLICY = "party.json", "consortium.yaml", "charter.json", "policy.yaml"
+_FIRST = ("MatchRequest", "AttestRequest")  # what a site is asked first in a run
 _FOLDERS = re.compile(r"(?<![\w.])/(?:[^\s/:'\"]+/)+")  # of absolute paths; the file's own name stays
 Around = Callable[[str, Callable[[], bytes | Failure]], bytes | Failure]
 
@@ -101,7 +102,9 @@ class Desk:
         self._lock = threading.Lock()
         self._known: dict[str, ConsortiumConfig] = {}
         self._charters: dict[str, str] = {}
-        self._engine: tuple[str, ProcessEngine] | None = None
+        self._engine: ProcessEngine | None = None
+        self._digest = ""
+        self._stamp: tuple[str, ...] = ()
 
     def answer(self, consortium: bytes, request: bytes, stated: Mapping[str, str] | None = None) -> bytes | Failure:
         """Returns the encoded answer to an encoded request, or why there is none.
@@ -118,16 +121,17 @@ class Desk:
             try:
                 _same_versions(name, stated)
                 config = self._admit(consortium)
+                kind = wire.kind_of(request)
             except PolicyRefused as error:
                 return Rejection(name, "policy", error.what)
             except FedmatError as error:
                 return Dropout(name, "refused", error.what)
-            engine = self._worker(consortium)
+            engine = self._worker(consortium, anew=kind in _FIRST)
 
             def work() -> bytes | Failure:
                 return engine.exchange({name: request}, config.plan.deadline_s)[0][0]
 
-            reply = self._around(wire.kind_of(request), work)
+            reply = self._around(kind, work)
             return self._released(reply)
 
     def warm(self, *, forked: bool = False) -> None:
@@ -145,7 +149,7 @@ class Desk:
         """Ends the process that does the work."""
         with self._lock:
             if self._engine:
-                self._engine[1].close()
+                self._engine.close()
                 self._engine = None
 
     def _admit(self, consortium: bytes) -> ConsortiumConfig:
@@ -183,14 +187,23 @@ class Desk:
             return Dropout(self.party.name, "refused", error.what)
         return reply
 
-    def _worker(self, consortium: bytes) -> ProcessEngine:
+    def _worker(self, consortium: bytes, *, anew: bool = False) -> ProcessEngine:
+        """Returns the process that does the work; at the start of a run one that knows the data as they now are."""
         digest = files.sha256(consortium)
-        if self._engine is None or self._engine[0] != digest:
+        if self._engine is None or self._digest != digest or (anew and self._stamp != self._inputs()):
             if self._engine:
-                self._engine[1].close()
+                self._engine.close()
             build: Any = pipeline.build_handler if self.party.kind == "site" else pipeline.build_role
-            self._engine = (digest, ProcessEngine({self.party.name: (build, (self.party.run(consortium), self.party.name))}))
-        return self._engine[1]
+            self._engine = ProcessEngine({self.party.name: (build, (self.party.run(consortium), self.party.name))})
+            self._digest, self._stamp = digest, self._inputs()
+        return self._engine
+
+    def _inputs(self) -> tuple[str, ...]:
+        """Digests of what the working process reads once: the data's manifest, whether they were refused, secret, charter."""
+        home = self.party.home
+        folder = self.party.run().party_folder(self.party.name)
+        read = (folder / "manifest.json", folder / pipeline.REFUSED, home / pipeline.SECRET, home / CHARTER)
+        return tuple(files.sha256_file(p) if p.exists() else "" for p in read)
 
 
 def _without_paths(reply: bytes | Failure) -> bytes | Failure:

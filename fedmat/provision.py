@@ -59,6 +59,7 @@ CONSORTIUM, CHARTER, KIT, PARTY, POLICY = "consortium.yaml", "charter.json", "ki
 PROJECT, MEMBERS, REVOKED = "project.json", "members.json", "revoked.json"
 REQUEST, CERTIFICATE, KIT_FILE = "{}.request", "{}.certificate", "{}.kit"
 ROOT = "rootCA.pem"
+_ROOT_KEY, _ROOT_CERTIFICATE = "ca/ca.key", "ca/ca.crt"
 _STARTUP, _LOCAL, _RENEWAL = "flare/startup", "flare/local", "renewal"
 _PRIVACY = f"{_LOCAL}/privacy.json"
 _KIT_LABEL, _REQUEST_LABEL = b"fedmat/kit/v1|", b"fedmat/request/v1|"
@@ -121,8 +122,17 @@ class Project:
 
     @cached_property
     def root(self) -> Credential:
-        """The consortium's root: whoever holds it decides who takes part."""
-        return credentials.load(self.folder / "ca/ca.crt", self.folder / "ca/ca.key")
+        """The consortium's root with its key: whoever holds it decides who takes part. It may be kept elsewhere in between.
+
+        Raises:
+            StateError: its key is not here, or as in :func:`fedmat.credentials.load`.
+        """
+        if not (self.folder / _ROOT_KEY).exists():
+            raise StateError(
+                f"{self.folder / _ROOT_KEY}: the root's key is not here",
+                fix="put it there for as long as you invite, admit or renew",
+            )
+        return credentials.load(self.folder / _ROOT_CERTIFICATE, self.folder / _ROOT_KEY)
 
     @property
     def server(self) -> Path:
@@ -233,8 +243,8 @@ def init(
         ),
         MEMBERS: files.json_bytes({}),
         REVOKED: files.json_bytes({"serials": []}),
-        "ca/ca.crt": root.certificate,
-        "ca/ca.key": root.key,
+        _ROOT_CERTIFICATE: root.certificate,
+        _ROOT_KEY: root.key,
         **_operator_settings(found),
         **_operator_credentials(found, root, now, days),
     }
@@ -283,14 +293,23 @@ def invite(project: Path, party: str, now: datetime, *, organisation: str | None
         Path of ``PARTY.kit``, which goes to the party.
 
     Raises:
-        ConfigError: the consortium has no such party, or its organisation is missing or another one.
+        ConfigError: the consortium has no such party, its organisation is missing or another one, or it was admitted for
+            another one.
+        ProtocolError: expired_certificate or not_yet_valid, of the root.
     """
     with _locked(project) as found:
-        owner = _owner(found, party, organisation)
+        credentials.check_root(found.root.certificate, now)
+        if party == found.host:  # parties know the server by this name alone
+            raise ConfigError(f"{party} is the server's own name", fix="give the party or the host another name")
+        owner, present = _owner(found, party, organisation), found.members.get(party)
+        if present is not None and present.state == "admitted" and present.organisation != owner:
+            raise ConfigError(
+                f"{party} was admitted for '{present.organisation}', and now '{owner}' is to run it",
+                fix="revoke it first: fedmat consortium revoke",
+            )
         path = project / "kits" / KIT_FILE.format(party)
         files.write_atomic(path, _zip(_kit_files(found, party, owner, _charter_bytes(project))), private=True)
-        present = found.members.get(party)
-        if present is None or present.state == "revoked" or present.organisation != owner:
+        if present is None or present.state != "admitted":
             spent = present.fingerprint if present is not None else None  # a revoked key never comes back
             _write_members(project, {**found.members, party: Member(owner, "invited", fingerprint=spent)})
         return path
@@ -477,20 +496,24 @@ def check_project(project: Path, now: datetime) -> Project:
     """
     found = read_project(project)
     credentials.check_private(project)
-    root = found.root
-    credentials.check_root(root.certificate, now)
+    if not (project / _ROOT_CERTIFICATE).is_file():
+        raise StateError(f"{project / _ROOT_CERTIFICATE}: no such file", fix=f"copy it from server/startup/{ROOT}")
+    root = (project / _ROOT_CERTIFICATE).read_bytes()
+    if (project / _ROOT_KEY).exists():  # a server can run without it
+        root = found.root.certificate
+    credentials.check_root(root, now)
     for path, expected in _operator_settings(found).items():
         _check_equal(project / path, expected, f"fedmat consortium renew --project {project} writes it anew")
-    ends = {"the root": root.parsed.not_valid_after_utc}
+    ends = {"the root": credentials.facts(root).not_after}
     for certificate, key, name, what in (
         ("server/startup/server.crt", "server/startup/server.key", found.host, "the server's certificate"),
         ("admin/startup/client.crt", "admin/startup/client.key", OPERATOR, "the operator's certificate"),
     ):
         own = credentials.load(project / certificate, project / key)
         told = credentials.check_certificate(
-            own.certificate, root.certificate, name=name, now=now, revoked=found.revoked
+            own.certificate, root, name=name, now=now, revoked=found.revoked
         )  # fmt: skip
-        _check_equal((project / certificate).parent / ROOT, root.certificate, "copy it from ca/ca.crt")
+        _check_equal((project / certificate).parent / ROOT, root, "copy it from ca/ca.crt")
         ends[what] = told.not_after
     warnings = [f"{what} ends on {_date(end)}" + _FIX_PROJECT.get(what, "") for what, end in ends.items() if end < now + SOON]
     for name, member in sorted(found.members.items()):
@@ -665,6 +688,10 @@ def check_home(home: Path, now: datetime) -> PartyHome:
     )  # fmt: skip
     own = _credential(home)
     told = credentials.check_certificate(own.certificate, _own_root(home), name=name, now=now)
+    if told.organisation != kit.organisation:
+        raise ProtocolError(
+            "wrong_name", f"the certificate of {name} is for another organisation than its kit", fix="ask the operator for both"
+        )  # fmt: skip
     if kit.kind == "site" and not (home / POLICY).is_file():
         raise StateError(f"{home / POLICY}: the site's policy is missing", fix="restore it, or join again for a new draft")
     warnings = []
@@ -1392,6 +1419,7 @@ def _client_resources() -> dict[str, Any]:
         "class_list_enforcement_mode": "enforce",
         "class_allow_list": _ALLOWED,
         "allow_log_streaming": False,  # true by default, with a component that sends error logs to the server
+        "app_validator": {"path": "fedmat.federation.flare.SettingsOnly", "args": {}},  # no code, whoever submits the job
         "client": {"retry_timeout": 30, "compression": "Gzip"},
         "components": [
             {
@@ -1409,6 +1437,7 @@ def _client_resources() -> dict[str, Any]:
                 "path": "nvflare.app_common.job_launcher.client_process_launcher.ClientProcessJobLauncher",
                 "args": {},
             },
+            {"id": "lockdown", "path": "fedmat.federation.flare.Lockdown", "args": {}},  # no commands on a party's files
         ],
     }
 

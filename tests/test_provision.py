@@ -332,8 +332,10 @@ def test_a_part_of_a_kit_is_refused(grove: Consortium) -> None:
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         kit.write_bytes(whole[:length])
         assert reason(provision.read_kit, kit, NOW) == "bad_kit"
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        entry = archive.getinfo("consortium.yaml")
     broken = bytearray(whole)
-    broken[len(whole) // 3] ^= 0xFF  # inside a compressed file
+    broken[entry.header_offset + 30 + len(entry.filename) + entry.compress_size // 2] ^= 0xFF  # inside its compressed bytes
     kit.write_bytes(bytes(broken))
     assert reason(provision.read_kit, kit, NOW) in ("bad_kit", "bad_signature")
 
@@ -796,6 +798,19 @@ def test_who_runs_a_party_is_known_or_said(grove: Consortium) -> None:
         provision.invite(grove.project, "stranger", NOW)
 
 
+def test_a_role_changes_hands_only_when_its_certificate_is_revoked(grove: Consortium) -> None:
+    home = grove.member("notary")
+    charter = {"consortium": "small-alloys", "parties": [{"name": "notary", "organisation": "Another office"}]}
+    files.write_json(grove.project / "charter.json", charter)
+    with pytest.raises(ConfigError, match="was admitted for 'Office'"):
+        provision.invite(grove.project, "notary", NOW)
+    serial = provision.revoke(grove.project, "notary")
+    kit = provision.read_kit(provision.invite(grove.project, "notary", NOW), NOW)
+    assert kit.organisation == "Another office" and provision.read_project(grove.project).revoked == (serial,)
+    provision.join(kit, home)
+    refused(home, "wrong_name: the certificate of notary is for another organisation")
+
+
 def test_a_charter_travels_with_the_kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "draft", lambda config, charter_sha256: f"{config.name} {charter_sha256}")
     path = small.build(tmp_path / "c")
@@ -834,6 +849,22 @@ def test_the_server_does_not_start_on_a_doubt(grove: Consortium) -> None:
     (grove.project / "revoked.json").unlink()
     with pytest.raises(StateError, match=r"revoked.json: no such file"):
         provision.check_project(grove.project, NOW)
+
+
+def test_the_server_runs_without_the_roots_key_and_nobody_is_admitted_without_it(grove: Consortium) -> None:
+    request = grove.join("forge").read_bytes()
+    (grove.project / "ca/ca.key").rename(grove.folder / "stick")
+    assert provision.check_project(grove.project, NOW).warnings == ()
+    for call in (
+        lambda: provision.admit(grove.project, request, NOW),
+        lambda: grove.kit("mill"),
+        lambda: provision.renew_project(grove.project, NOW),
+    ):
+        with pytest.raises(StateError, match="the root's key is not here"):
+            call()
+    provision.revoke(grove.project, "forge")
+    (grove.folder / "stick").rename(grove.project / "ca/ca.key")
+    grove.kit("mill")
 
 
 def test_what_ends_soon_is_said_and_renewed(grove: Consortium) -> None:

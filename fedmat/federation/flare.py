@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from nvflare.apis.app_validation import AppValidator
 from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
 from nvflare.apis.filter import Filter
@@ -277,6 +278,41 @@ class OutboundFilter(Filter):  # type: ignore[misc]
         out = make_reply(ReturnCode.OK)  # only what was looked at goes on
         out[_REPLY] = frame(reply)
         return out
+
+
+class Lockdown(FLComponent):  # type: ignore[misc]
+    """In a party's FLARE client: takes away the commands by which a server could read its files and settings.
+
+    FLARE's client asks its authorization rules only when the server's message says so, and checks no paths: a server whose program
+    was changed could read any file. What is not there cannot be asked for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        from nvflare.private.fed.client.client_req_processors import ClientRequestProcessors
+
+        known = ClientRequestProcessors.request_processors
+        known[:] = [p for p in known if type(p).__name__ not in _TAKEN_AWAY]
+
+
+_TAKEN_AWAY = frozenset(
+    ("ShellCommandProcessor", "ReportEnvProcessor", "ConfigureSiteLogProcessor", "ConfigureJobLogProcessor")
+)
+
+
+class SettingsOnly(AppValidator):  # type: ignore[misc]
+    """In a party's FLARE client: refuses a job that holds anything but its two configuration files, whoever submitted it."""
+
+    def validate(self, app_folder: str) -> tuple[str, dict[str, Any]]:
+        """See FLARE's AppValidator."""
+        root = Path(app_folder)
+        allowed = {"config/config_fed_client.json", "config/config_fed_server.json"}
+        more = sorted(str(p.relative_to(root)) for p in root.rglob("*") if not p.is_dir() and p.name not in _SIGNATURES)
+        odd = [name for name in more if name not in allowed]
+        return (f"a job brings settings and nothing else; this one has {len(odd)} other files", {}) if odd else ("", {})
+
+
+_SIGNATURES = frozenset((".__nvfl_sig.json", ".__nvfl_submitter.crt"))
 
 
 # --- jobs and the admin session --------------------------------------------------------------------------------------
