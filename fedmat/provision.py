@@ -39,29 +39,28 @@ from typing import Any, Literal
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from fedmat import credentials, files
+from fedmat import credentials, files, kit_settings
 from fedmat._version import __version__
 from fedmat.config import SLUG, ConsortiumConfig, load_consortium, load_site
 from fedmat.credentials import Credential
 from fedmat.envelopes import ROLES
 from fedmat.errors import ConfigError, ProtocolError, StateError
+from fedmat.kit_settings import LOCAL, OPERATOR, OPERATOR_ROLE, REVOKED, ROOT, STARTUP
 
 State = Literal["invited", "admitted", "revoked"]
 REFERENCE = "reference"
 PARTY_ROLES = (*ROLES, REFERENCE)
-OPERATOR, OPERATOR_ROLE = "operator@fedmat.local", "project_admin"
 RESERVED = ("server", "operator", "admin", "all", "client")  # words of the transport's own, or of its commands
 PORT = 8002
 ROOT_DAYS, DAYS = 3650, 365
 SOON = timedelta(days=30)
 
 CONSORTIUM, CHARTER, KIT, PARTY, POLICY = "consortium.yaml", "charter.json", "kit.json", "party.json", "policy.yaml"
-PROJECT, MEMBERS, REVOKED = "project.json", "members.json", "revoked.json"
+PROJECT, MEMBERS = "project.json", "members.json"
 REQUEST, CERTIFICATE, KIT_FILE = "{}.request", "{}.certificate", "{}.kit"
-ROOT = "rootCA.pem"
 _ROOT_KEY, _ROOT_CERTIFICATE = "ca/ca.key", "ca/ca.crt"
-_STARTUP, _LOCAL, _RENEWAL = "flare/startup", "flare/local", "renewal"
-_PRIVACY = f"{_LOCAL}/privacy.json"
+_RENEWAL = "renewal"
+_PRIVACY = f"{LOCAL}/privacy.json"
 _KIT_LABEL, _REQUEST_LABEL = b"fedmat/kit/v1|", b"fedmat/request/v1|"
 
 # A kit is opened before anything in it is trusted: nothing else may be in it, and nothing larger.
@@ -69,11 +68,11 @@ _KIT_LIMITS = {
     KIT: 64 << 10,
     CONSORTIUM: 1 << 20,
     CHARTER: 8 << 20,
-    f"{_STARTUP}/fed_client.json": 64 << 10,
-    f"{_STARTUP}/{ROOT}": 64 << 10,
-    f"{_LOCAL}/resources.json": 64 << 10,
-    f"{_LOCAL}/authorization.json": 64 << 10,
-    f"{_LOCAL}/log_config.json": 64 << 10,
+    f"{STARTUP}/fed_client.json": 64 << 10,
+    f"{STARTUP}/{ROOT}": 64 << 10,
+    f"{LOCAL}/resources.json": 64 << 10,
+    f"{LOCAL}/authorization.json": 64 << 10,
+    f"{LOCAL}/log_config.json": 64 << 10,
 }
 _MESSAGE_LIMIT = 256 << 10
 _ASK_PARTY = "ask the party for the request that its kit made, unchanged"
@@ -179,7 +178,7 @@ class PartyHome:
     @property
     def root(self) -> bytes:
         """The consortium's root certificate, PEM."""
-        return (self.folder / _STARTUP / ROOT).read_bytes()
+        return (self.folder / STARTUP / ROOT).read_bytes()
 
     @property
     def credential(self) -> Credential:
@@ -614,7 +613,7 @@ def install(home: Path, certificate: bytes, now: datetime) -> datetime:
     found = credentials.check_certificate(pem, root, name=name, now=now)
     if found.organisation != party["organisation"]:
         raise ProtocolError("wrong_name", f"a certificate for {name} of another organisation", fix="ask the operator")
-    startup, fresh = home / _STARTUP, home / _RENEWAL / "client.key"
+    startup, fresh = home / STARTUP, home / _RENEWAL / "client.key"
     for key in (fresh, startup / "client.key"):
         if key.is_file() and credentials.matches(pem, credentials.read_key(key)):
             break
@@ -669,12 +668,12 @@ def check_home(home: Path, now: datetime) -> PartyHome:
     home = home.resolve()
     party = _party(home)
     name = party["party"]
-    if not (home / _STARTUP / "client.crt").is_file():
+    if not (home / STARTUP / "client.crt").is_file():
         raise StateError(
             f"{home}: {name} has no certificate yet",
             fix=f"send {REQUEST.format(name)} to the operator, then: fedmat site certificate FILE --home {home}",
         )
-    for folder in (home, home / _STARTUP):
+    for folder in (home, home / STARTUP):
         credentials.check_private(folder)
     kit = _own_kit(home)
     known = (kit.party, kit.kind, kit.organisation, kit.consortium, kit.host, kit.port)
@@ -683,7 +682,7 @@ def check_home(home: Path, now: datetime) -> PartyHome:
             f"{home / PARTY}: does not agree with the kit", fix=f"join again: fedmat site join {KIT_FILE.format(name)} --home {home}"
         )  # fmt: skip
     _check_equal(
-        home / _PRIVACY, _privacy(kit.kind, home),
+        home / _PRIVACY, kit_settings.party_privacy(kit.kind, home),
         f"it is written for one place and may not be changed: fedmat site join {KIT_FILE.format(name)} --home {home}",
     )  # fmt: skip
     own = _credential(home)
@@ -739,7 +738,7 @@ def rehearsal(
             made.root, key.public_key(), name=name, organisation=owner, purpose="party", now=now, days=DAYS
         )
         own = _home_files(kit, home, _own_site_file(kit, site_file), credentials.pem(key), drafted)
-        _write_tree(home, own | {f"{_STARTUP}/client.crt": certificate})
+        _write_tree(home, own | {f"{STARTUP}/client.crt": certificate})
         members[name] = _admitted(Member(owner, "admitted"), certificate, key_fingerprint(key.public_key()))
     _write_members(project, members)
 
@@ -883,8 +882,8 @@ def _kit_files(project: Project, party: str, owner: str, charter: bytes | None) 
     root = project.root
     contents = {
         CONSORTIUM: (project.folder / CONSORTIUM).read_bytes(),
-        f"{_STARTUP}/{ROOT}": root.certificate,
-        **_party_settings(project.consortium, project.host, project.port, party),
+        f"{STARTUP}/{ROOT}": root.certificate,
+        **kit_settings.party_settings(project.consortium, project.host, project.port, party),
     }
     if charter is not None:
         contents[CHARTER] = charter
@@ -940,7 +939,7 @@ def _verified(contents: Mapping[str, bytes], name: str, now: datetime | None) ->
     try:
         told = json.loads(contents[KIT])
         signature, listed = bytes.fromhex(told.pop("signature")), dict(told["files"])
-        root = contents[f"{_STARTUP}/{ROOT}"]
+        root = contents[f"{STARTUP}/{ROOT}"]
         kit = Kit(
             told["consortium"], told["party"], told["kind"], told["organisation"], told["host"], told["port"], told["root"], contents,
             _version_notes(told),
@@ -956,7 +955,7 @@ def _verified(contents: Mapping[str, bytes], name: str, now: datetime | None) ->
     if changed:
         raise _bad_kit(name, f"{', '.join(changed)} is not as it was signed")
     # The settings could start any program on the party's machine: who signed them is not enough.
-    for path, ours in _party_settings(kit.consortium, kit.host, kit.port, kit.party).items():
+    for path, ours in kit_settings.party_settings(kit.consortium, kit.host, kit.port, kit.party).items():
         if contents.get(path) != ours:
             raise ProtocolError(
                 "bad_kit", f"{name}: {path} is not what fedmat {__version__} writes for a party, and the kit is of {told['fedmat']}",
@@ -972,7 +971,7 @@ def _check_names(kit: Kit, schema: str, name: str) -> None:
         fine = all(re.fullmatch(SLUG, n) and n not in RESERVED for n in (kit.consortium, kit.party))
     except (ConfigError, TypeError, AttributeError):
         fine = False
-    root = credentials.facts(kit.files[f"{_STARTUP}/{ROOT}"]).fingerprint
+    root = credentials.facts(kit.files[f"{STARTUP}/{ROOT}"]).fingerprint
     if (
         not fine
         or kit.root != root
@@ -1005,8 +1004,8 @@ def _home_files(kit: Kit, home: Path, site_file: Path | None, key: bytes, policy
     contents = {
         **kit.files,
         PARTY: _party_json(kit, site_file),
-        _PRIVACY: _privacy(kit.kind, home),
-        f"{_STARTUP}/client.key": key,
+        _PRIVACY: kit_settings.party_privacy(kit.kind, home),
+        f"{STARTUP}/client.key": key,
     }
     if kit.kind == "site":
         contents[POLICY] = (policy or _draft(kit.files)).encode()
@@ -1014,10 +1013,10 @@ def _home_files(kit: Kit, home: Path, site_file: Path | None, key: bytes, policy
 
 
 def _join_again(kit: Kit, home: Path, site_file: Path | None, policy: str | None) -> None:
-    contents = {**kit.files, PARTY: _party_json(kit, site_file), _PRIVACY: _privacy(kit.kind, home)}
+    contents = {**kit.files, PARTY: _party_json(kit, site_file), _PRIVACY: kit_settings.party_privacy(kit.kind, home)}
     if kit.kind == "site" and not (home / POLICY).exists():
         contents[POLICY] = (policy or _draft(kit.files)).encode()
-    key = home / _STARTUP / "client.key"
+    key = home / STARTUP / "client.key"
     if not key.is_file():
         files.write_atomic(key, credentials.pem(credentials.new_key()), private=True)
     own = credentials.read_key(key)
@@ -1025,7 +1024,7 @@ def _join_again(kit: Kit, home: Path, site_file: Path | None, policy: str | None
         files.write_atomic(home / name, data, private=True)
     if CHARTER not in contents:
         (home / CHARTER).unlink(missing_ok=True)
-    if not (home / _STARTUP / "client.crt").is_file():
+    if not (home / STARTUP / "client.crt").is_file():
         files.write_atomic(home / REQUEST.format(kit.party), _request(kit, own), private=True)
 
 
@@ -1037,7 +1036,7 @@ def _is_own(home: Path, kit: Kit) -> bool:
         raise StateError(f"{home}: is there and not empty, and nothing was written", fix="name an empty folder with --home")
     party = _party(home)
     if (party["consortium"], party["party"]) != (kit.consortium, kit.party) or (
-        (home / _STARTUP / ROOT).is_file() and _own_root(home) != kit.files[f"{_STARTUP}/{ROOT}"]
+        (home / STARTUP / ROOT).is_file() and _own_root(home) != kit.files[f"{STARTUP}/{ROOT}"]
     ):
         raise StateError(
             f"{home}: is the folder of {party['party']} in {party['consortium']}, and the kit is for {kit.party} in {kit.consortium} or "
@@ -1104,14 +1103,14 @@ def _own_kit(home: Path) -> Kit:
 
 
 def _own_root(home: Path) -> bytes:
-    path = home / _STARTUP / ROOT
+    path = home / STARTUP / ROOT
     if not path.is_file():
         raise StateError(f"{path}: no such file", fix="join again with the kit")
     return path.read_bytes()
 
 
 def _credential(home: Path) -> Credential:
-    return credentials.load(home / _STARTUP / "client.crt", home / _STARTUP / "client.key")
+    return credentials.load(home / STARTUP / "client.crt", home / STARTUP / "client.key")
 
 
 def _draft(contents: Mapping[str, bytes]) -> str:
@@ -1245,13 +1244,13 @@ def _operator_credentials(project: Project, root: Credential, now: datetime, day
 def _operator_settings(project: Project) -> dict[str, bytes]:
     """The settings of the server and of the operator's kit; they name absolute paths, so a move is noticed."""
     made = {
-        "server/startup/fed_server.json": _fed_server(project),
-        "server/local/resources.json": _server_resources(project),
-        "server/local/authorization.json": _AUTHORIZATION,
-        "server/local/log_config.json": _LOGGING,
-        "server/local/privacy.json": _scope(()),
-        "admin/startup/fed_admin.json": _fed_admin(project),
-        "admin/local/resources.json": _ADMIN_RESOURCES,
+        "server/startup/fed_server.json": kit_settings.fed_server(project),
+        "server/local/resources.json": kit_settings.server_resources(project),
+        "server/local/authorization.json": kit_settings.AUTHORIZATION,
+        "server/local/log_config.json": kit_settings.LOGGING,
+        "server/local/privacy.json": kit_settings.privacy_scope(()),
+        "admin/startup/fed_admin.json": kit_settings.fed_admin(project),
+        "admin/local/resources.json": kit_settings.ADMIN_RESOURCES,
     }
     return {name: files.json_bytes(value) for name, value in made.items()}
 
@@ -1289,236 +1288,3 @@ def _write_tree(folder: Path, contents: Mapping[str, bytes], folders: tuple[str,
         if folder.exists():
             raise StateError(f"{folder}: is there and not empty, and nothing was written", fix="name an empty folder") from None
         raise StateError(f"{folder}: cannot be written ({type(error).__name__})", fix="name a folder you own") from None
-
-
-# --- the transport's settings ------------------------------------------------------------------------------------
-#
-# Where a value differs from what FLARE 2.9 writes by itself, the reason stands beside it.
-
-
-def _fed_client(consortium: str, host: str, port: int, party: str) -> dict[str, Any]:
-    return {
-        "format_version": 2,
-        "require_signed_jobs": True,
-        "servers": [
-            {
-                "name": consortium,
-                "service": {"target": f"{host}:{port}", "scheme": "grpc"},
-                "identity": host,
-            }
-        ],
-        "client": {
-            "ssl_private_key": "client.key",
-            "ssl_cert": "client.crt",
-            "ssl_root_cert": ROOT,
-            "fqsn": party,
-            "is_leaf": True,
-            "connection_security": "mtls",
-        },
-    }
-
-
-def _fed_server(project: Project) -> dict[str, Any]:
-    return {
-        "format_version": 2,
-        "require_signed_jobs": True,
-        "servers": [
-            {
-                "name": project.consortium,
-                "service": {"target": f"{project.host}:{project.port}", "scheme": "grpc"},
-                "admin_server": project.host,
-                "admin_port": project.port,
-                "ssl_private_key": "server.key",
-                "ssl_cert": "server.crt",
-                "ssl_root_cert": ROOT,
-                "connection_security": "mtls",
-            }
-        ],
-    }
-
-
-def _fed_admin(project: Project) -> dict[str, Any]:
-    return {
-        "format_version": 1,
-        "admin": {
-            "project_name": project.consortium,
-            "username": OPERATOR,
-            "server_identity": project.host,
-            "scheme": "grpc",
-            "host": project.host,
-            "port": project.port,
-            "connection_security": "mtls",
-            "uid_source": "user_input",
-            "with_file_transfer": True,
-            "upload_dir": "transfer",
-            "download_dir": "transfer",
-            "client_key": "client.key",
-            "client_cert": "client.crt",
-            "ca_cert": ROOT,
-        },
-    }
-
-
-_ALLOWED = [
-    "fedmat."
-]  # a job may name classes of the installed fedmat and no others; FLARE's list permits about eighty of its own
-
-
-def _server_resources(project: Project) -> dict[str, Any]:
-    storage = "nvflare.app_common.storages.filesystem_storage.FilesystemStorage"
-    store = project.server / "store"  # by default below the system's temporary folder, shared by all servers of the machine
-    return {
-        "format_version": 2,
-        "class_list_enforcement_mode": "enforce",
-        "class_allow_list": _ALLOWED,
-        "servers": [
-            {
-                "admin_storage": "transfer",
-                "max_num_clients": 100,
-                "heart_beat_timeout": 15,  # 600 by default: a site that died would hold a round for ten minutes
-                "admin_timeout": 10.0,
-            }
-        ],
-        "snapshot_persistor": {
-            "path": "nvflare.app_common.state_persistors.storage_state_persistor.StorageStatePersistor",
-            "args": {
-                "uri_root": "/",
-                "storage": {"path": storage, "args": {"root_dir": str(store / "snapshots"), "uri_root": "/"}},
-            },
-        },
-        "components": [
-            {
-                "id": "job_scheduler",
-                "path": "nvflare.app_common.job_schedulers.job_scheduler.DefaultJobScheduler",
-                "args": {"max_jobs": 1},  # 4 by default: two runs of a consortium never overlap
-            },
-            {
-                "id": "job_manager",
-                "path": "nvflare.apis.impl.job_def_manager.SimpleJobDefManager",
-                "args": {"uri_root": str(store / "jobs"), "job_store_id": "job_store"},
-            },
-            {"id": "job_store", "path": storage},
-            {
-                "id": "process_launcher",
-                "path": "nvflare.app_common.job_launcher.server_process_launcher.ServerProcessJobLauncher",
-                "args": {},
-            },
-            # No log_receiver: sites' logs stay at the sites.
-            {
-                "id": "doorkeeper",  # FLARE knows no revocation: this refuses a revoked certificate when a party registers
-                "path": "fedmat.federation.flare.Doorkeeper",
-                "args": {"revoked": str(project.folder / REVOKED)},
-            },
-        ],
-    }
-
-
-def _client_resources() -> dict[str, Any]:
-    return {
-        "format_version": 2,
-        "class_list_enforcement_mode": "enforce",
-        "class_allow_list": _ALLOWED,
-        "allow_log_streaming": False,  # true by default, with a component that sends error logs to the server
-        "app_validator": {"path": "fedmat.federation.flare.SettingsOnly", "args": {}},  # no code, whoever submits the job
-        "client": {"retry_timeout": 30, "compression": "Gzip"},
-        "components": [
-            {
-                "id": "resource_manager",
-                "path": "nvflare.app_common.resource_managers.gpu_resource_manager.GPUResourceManager",
-                "args": {"num_of_gpus": 0, "mem_per_gpu_in_GiB": 0, "expiration_period": 300},
-            },
-            {
-                "id": "resource_consumer",
-                "path": "nvflare.app_common.resource_consumers.gpu_resource_consumer.GPUResourceConsumer",
-                "args": {},
-            },
-            {
-                "id": "process_launcher",
-                "path": "nvflare.app_common.job_launcher.client_process_launcher.ClientProcessJobLauncher",
-                "args": {},
-            },
-            {"id": "lockdown", "path": "fedmat.federation.flare.Lockdown", "args": {}},  # no commands on a party's files
-        ],
-    }
-
-
-# By default the project's admin may do anything, at every site: read files of its workspace, send code, set its log's level.
-_AUTHORIZATION: dict[str, Any] = {
-    "format_version": "1.0",
-    "permissions": {
-        OPERATOR_ROLE: {
-            "submit_job": "any",
-            "manage_job": "any",
-            "download_job": "any",
-            "view": "any",
-            "operate": "any",
-            "clone_job": "none",
-            "shell_commands": "none",
-            "byoc": "none",  # a job that brings its own code
-            "server-predeployed-flwr": "none",
-            "configure_job_log": "none",  # a debug log may quote what training sees
-            "configure_site_log": "none",
-        },
-    },
-}
-
-_ADMIN_RESOURCES: dict[str, Any] = {
-    "format_version": 1,
-    "admin": {
-        "idle_timeout": 900.0,
-        "login_timeout": 10.0,
-        "with_debug": False,
-        "authenticate_msg_timeout": 2.0,
-        "prompt": "> ",
-    },
-}
-
-_QUIET = ("alembic", "asyncio", "great_expectations", "grpc", "httpcore", "httpx", "matplotlib", "mlflow", "prefect", "urllib3")
-
-# One log instead of four copies of it, and only fedmat's and FLARE's own lines in it.
-_LOGGING: dict[str, Any] = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {
-        "baseFormatter": {
-            "()": "nvflare.fuel.utils.log_utils.BaseFormatter",
-            "fmt": "%(asctime)s - %(name)s - %(levelname)s - %(fl_ctx)s - %(message)s",
-        },
-    },
-    "handlers": {
-        "logFileHandler": {
-            "class": "logging.handlers.RotatingFileHandler",
-            "level": "INFO",
-            "formatter": "baseFormatter",
-            "filename": "log.txt",
-            "mode": "a",
-            "maxBytes": 20 << 20,
-            "backupCount": 10,
-        },
-    },
-    "loggers": {
-        "root": {"level": "INFO", "handlers": ["logFileHandler"]},
-        **{name: {"level": "WARNING"} for name in _QUIET},
-    },
-}
-
-
-def _scope(result_filters: tuple[dict[str, Any], ...]) -> dict[str, Any]:
-    return {"scopes": [{"name": "fedmat", "task_result_filters": list(result_filters)}], "default_scope": "fedmat"}
-
-
-def _party_settings(consortium: str, host: str, port: int, party: str) -> dict[str, bytes]:
-    """The settings of a party that do not depend on where it keeps them."""
-    made = {
-        f"{_STARTUP}/fed_client.json": _fed_client(consortium, host, port, party),
-        f"{_LOCAL}/resources.json": _client_resources(),
-        f"{_LOCAL}/authorization.json": _AUTHORIZATION,
-        f"{_LOCAL}/log_config.json": _LOGGING,
-    }
-    return {name: files.json_bytes(value) for name, value in made.items()}
-
-
-def _privacy(kind: str, home: Path) -> bytes:
-    """What every job at a party goes through, whatever the job says: a site's outbound filter, which applies its policy."""
-    own = {"path": "fedmat.federation.flare.OutboundFilter", "args": {"home": str(home)}}
-    return files.json_bytes(_scope((own,) if kind == "site" else ()))
