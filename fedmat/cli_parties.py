@@ -13,6 +13,7 @@ import typer
 from fedmat.cli_consortium import consortium_app
 from fedmat.cli_data import site_app
 from fedmat.commands import Json
+from fedmat.errors import ConfigError
 
 Folder = Annotated[Path, typer.Option("--home", help="The party's folder, made by fedmat site join.")]
 Project = Annotated[Path, typer.Option("--project", help="The operator's folder, made by fedmat consortium init.")]
@@ -71,6 +72,40 @@ def site_status(home: Folder, as_json: Json = False) -> None:
         ("trouble", found["trouble"] or "none in its log"),
     ]
     console.show_rows("", ("what", "how"), rows)
+
+
+@site_app.command("secret")
+def site_secret(
+    home: Folder,
+    take: Annotated[Path | None, typer.Option(help="The file another site made.", show_default="one is made here")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make the members' secret, at one site, or take over the one that another site made.
+
+    Sites find records that several of them hold by keys under this secret. It goes from site to site by a road that the operator
+    does not see; the fingerprint tells whether it is the same everywhere.
+
+    Example:  fedmat site secret --home /srv/fedmat/acme --take /media/stick/matching.key
+    """
+    from fedmat import console, files
+    from fedmat.data import matching
+    from fedmat.errors import StateError
+    from fedmat.pipeline import SECRET
+
+    path = home / SECRET
+    if take is not None:
+        given = matching.load_or_create_secret(take) if take.exists() else None
+        if given is None:
+            raise ConfigError(f"{take}: no such file", fix="name the matching.key of another site")
+        if path.exists() and matching.load_or_create_secret(path) != given:
+            raise StateError(f"{path}: another secret is here", fix=f"remove {path} if it was never used, then take the other")
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        files.write_atomic(path, given.hex().encode(), private=True)
+    found = matching.fingerprint(matching.load_or_create_secret(path), "members")
+    if as_json:
+        console.write_json({"file": str(path), "fingerprint": found})
+        return
+    console.say(f"{console.show_path(path)}: fingerprint {found[:12]}, the same at every site")
 
 
 @site_app.command("prepare")

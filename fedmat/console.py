@@ -32,6 +32,7 @@ _STEPS = ("ingest", "version", "featurize")  # of every site
 _SAID = {
     "gather": "parties connect",
     "job": "a job at the FLARE server",
+    "carry": "files to carry",
     "baselines": "local-only, fine-tuned and pooled models",
     "evaluate": "scoring every model on held-out groups",
     "report": "writing the report",
@@ -137,6 +138,8 @@ class RunProgress:
                 self._line(f"{who}: {event.name} done, {took:.1f} s" + (f" ({event.detail})" if event.detail else ""))
             elif event.state == "failed":
                 self._line(f"{who}: {event.name} failed")
+            elif event.detail:
+                self._line(f"{who}: {event.name}, {event.detail}")
         elif event.name in _STEPS:
             done = event.state != "started"
             note = f"{who}: {event.detail or event.name}"

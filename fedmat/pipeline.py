@@ -278,7 +278,6 @@ def read_charter(run: Run) -> Charter | None:
 def site_identity(run: Run, site: str) -> Identity | None:
     """Returns a site's private keys, the charter and the members' secret; None where the plan encrypts nothing."""
     from fedmat import keys
-    from fedmat.data import matching
     from fedmat.federation.holding import Identity
 
     charter = read_charter(run)
@@ -286,7 +285,7 @@ def site_identity(run: Run, site: str) -> Identity | None:
         return None
     secret = b""
     if run.plan().settings.security.canary_rate:
-        secret = matching.load_or_create_secret(run.home / SECRET)
+        secret = _members_secret(run)
     return Identity(keys.load(run.party_folder(site) / KEYS, site), charter, secret)
 
 
@@ -477,8 +476,8 @@ def _handler_or_refusal(run: Run, site: str) -> Handler:
 def matching_keys(run: Run, site: str) -> MatchingKeys | None:
     """Returns the keys of a site's records under the members' secret; None where the plan does not look for duplicates.
 
-    The secret is a file of the workspace that the first site makes. Members on machines of their own copy it from one of
-    them, by a road that the coordinator does not see.
+    Raises:
+        StateError: on a site's own machine, the secret is not there.
     """
     from fedmat.data import matching
     from fedmat.data.contract import record_type
@@ -488,12 +487,25 @@ def matching_keys(run: Run, site: str) -> MatchingKeys | None:
     plan = run.plan()
     if not plan.settings.deduplicate:
         return None
-    secret = matching.load_or_create_secret(run.home / SECRET)
+    secret = _members_secret(run)
     scope = f"{plan.consortium}/{plan.sha256}"
     rt = record_type(plan.task.record_type)
     targets = [t.target for t in plan.tasks]
     keys = matching.keys(load_records(run.site_folder(site)), rt, targets, secret, scope)
     return MatchingKeys(matching.fingerprint(secret, scope), keys)
+
+
+def _members_secret(run: Run) -> bytes:
+    """Returns the members' secret: where all sites share a workspace, the first one makes it; elsewhere one site hands it to the others."""
+    from fedmat.data import matching
+
+    path = run.home / SECRET
+    if run.site_file is not None and not path.exists():  # one made here would match nobody's
+        raise StateError(
+            f"{path}: the members' secret is not here",
+            fix="fedmat site secret --home FOLDER --take FILE, with the file of another site; or without --take at the first one",
+        )
+    return matching.load_or_create_secret(path)
 
 
 def kept_table(run: Run, site: str) -> FeatureTable:

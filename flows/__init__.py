@@ -85,12 +85,9 @@ def run_all(
     from fedmat.errors import FedmatError, ServiceError
     from flows.federate import consortium_run
     from flows.services import Orchestrator, orchestration
-    from flows.shared import DEADLINE_S, LISTENER, check_project, reference
+    from flows.shared import DEADLINE_S, LISTENER, reference
 
-    if project is not None:
-        check_project(project)
-    place = project or home
-    run = reference(str(consortium), str(place) if place else None, run_id, rounds)
+    run = reference(str(consortium), str(home) if home else None, run_id, rounds, str(project) if project else None)
     given = {
         "consortium": str(run.consortium_file),
         "home": str(run.home) if project is None else None,
@@ -105,7 +102,8 @@ def run_all(
     }
     listening = LISTENER.set(on_event)
     try:
-        with orchestration(orchestrator, run.home, quiet=quiet, meanwhile=_nothing if project else _import_tools) as who:
+        meanwhile = _import_tools if project is None else lambda: None  # else the sites do the work
+        with orchestration(orchestrator, run.home, quiet=quiet, meanwhile=meanwhile) as who:
             if who.name == "none":
                 made = consortium_run.fn(**given)
             else:
@@ -128,10 +126,6 @@ def run_all(
         registered=made["registered"],
         orchestrator=who,
     )
-
-
-def _nothing() -> None:
-    """The sites do the work: there is nothing to import for it."""
 
 
 def _import_tools() -> None:

@@ -25,7 +25,6 @@ from flows.shared import (
     Event,
     alert,
     call,
-    check_project,
     flow,
     key,
     perform,
@@ -127,9 +126,7 @@ def federate(
         token: with a project, name of the order; by default plan and day, so that the same again goes on with it.
         deadline_s: with a project, how long sites and jobs may take together.
     """
-    if project is not None:
-        check_project(project)
-    run = reference(consortium, project or home, run_id, rounds)
+    run = reference(consortium, home, run_id, rounds, project)
     name = run.config().name
     order = ""
     if project is None:
@@ -177,15 +174,17 @@ def consortium_run(
     Raises:
         ServiceError: also when only the registration is missing; the finished model is on disk then, and the message says so.
     """
-    place = project or home
-    name = reference(consortium, place, run_id, rounds).config().name
+    name = reference(consortium, home, run_id, rounds, project).config().name
     tags = (f"consortium:{name}",)
     made: dict[str, Any] = call(federate, consortium, home, run_id, rounds, fresh, project, token, deadline_s, tags=tags)
     rename(f"{name}/{made['run_id']}")
     if not to_registry:
         return {**made, "registered": None}
     try:
-        return {**made, "registered": call(publish, consortium, place, made["run_id"], rounds, tracking_uri, tags=tags)}
+        return {
+            **made,
+            "registered": call(publish, consortium, project or home, made["run_id"], rounds, tracking_uri, tags=tags),
+        }
     except ServiceError as trouble:
         why = trouble.what
     if project is not None:
@@ -194,7 +193,7 @@ def consortium_run(
         side.reopen(Path(project), made["order"])
     raise ServiceError(
         f"the model is finished and on disk ({Path(made['folder']) / MODEL}); its registration is pending: {why}",
-        fix="start MLflow and run the same command again: nothing is trained again",
+        fix="start MLflow and run the same command again, without --fresh: nothing is trained again",
     )
 
 

@@ -156,7 +156,8 @@ def follow(
     Args:
         session: opens the operator's connection to the FLARE server. One is kept open: each takes a second and a half.
         on_event: gets a :class:`RoundReport` of every round of the run as it closes (those that the run had before this order,
-            too, if it goes on with them), and steps: ``gather`` while parties are waited for, ``job`` when one is submitted.
+            too, if it goes on with them), and steps: ``gather`` while parties are waited for, ``job`` when one is submitted or
+            ended before its time, ``carry`` when a person has to take files to a party.
         deadline_s: after this long the job is ended; what was done is kept.
 
     Raises:
@@ -224,6 +225,7 @@ class _Follower:
         self._yields: Counter[str] = Counter()
         self._asked_to_yield = False
         self._alive = False  # the job's process was seen
+        self._carry: Any = None
 
     def follow(self) -> Order:
         """See :func:`follow`."""
@@ -296,6 +298,7 @@ class _Follower:
                         raise
             state = self._state()  # after the questions: a job that is over has written its last word
             self._tell_rounds()
+            self._tell_files(state.get("carry"))
             if state.get("state") in _ENDED:
                 return str(state["state"])
             if gone is not None:
@@ -436,6 +439,11 @@ class _Follower:
                 self._told += 1
                 self._latest.append(report)
                 self._tell(report)
+
+    def _tell_files(self, carry: Any) -> None:
+        if carry and carry != self._carry:
+            self._say("carry", "started", "; ".join(f"{c['file']} to {c['party']}" for c in carry))
+        self._carry = carry
 
     def _close(self) -> Order:
         self._tell_rounds()

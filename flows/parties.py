@@ -81,7 +81,9 @@ def serve_party(home: Path, say: Callable[[str], None]) -> None:
     for text in checked.warnings:
         say(f"note: {text}")
     party = Party.load(home)
-    say(f"{party.name}: works for {party.consortium}; dials out to {party.host}:{party.port}, listens to nobody")
+    say(
+        f"{party.name}: works for {party.consortium}; dials out to {party.host}:{party.port}; nobody outside this machine can call it"
+    )
     _keep(home, {"desk": lambda: desk_child(home), "client": lambda: client_child(home)}, say)
 
 
@@ -121,7 +123,7 @@ def _keep(folder: Path, services: dict[str, Callable[[], Child]], say: Callable[
                         ended = running.pop(name)
                         pause[name] = 1.0 if now - since[name] > _STEADY_S else min(2 * pause[name], _LONGEST_PAUSE_S)
                         due[name] = now + pause[name]
-                        why = trouble(ended.log)
+                        why = troubles(ended.log.parent)
                         ended.stop()
                         say(
                             f"{ended.name} ended{f': {why}' if why else ''}; starting it again in {pause[name]:.0f} s ({ended.log})"
@@ -188,7 +190,7 @@ def site_status(home: Path) -> dict[str, Any]:
         "server": f"{party.host}:{party.port}",
         "server_reachable": _reachable(party.host, party.port),
         "running": {name: name in living for name in ("keeper", "client", "desk")},
-        "trouble": trouble(home / "flare" / "console.log") if living else None,
+        "trouble": troubles(home / "flare") if living else None,
         "readiness": files.read_json(home / "readiness.json") if (home / "readiness.json").exists() else None,
     }
 
@@ -219,6 +221,7 @@ _TROUBLES = (
     ),
     ("Handshake failed", "no TLS with the other side: the kit is of another consortium, or a certificate or clock is wrong"),
     ("SSL_ERROR_SSL", "no TLS with the other side: the kit is of another consortium, or a certificate or clock is wrong"),
+    ("error:client_registration", "the server turned this party away: revoked, or registered under another name"),
     ("register_client unauthenticated", "the server turned this party away: revoked, or registered under another name"),
     ("unauthenticated", "the server turned this party away: revoked, or registered under another name"),
     ("No space left on device", "the disk is full"),
@@ -234,6 +237,11 @@ def trouble(log: Path, last_bytes: int = 20000) -> str | None:
         handle.seek(max(0, log.stat().st_size - last_bytes))
         text = handle.read().decode(errors="replace")
     return next((words for pattern, words in _TROUBLES if pattern.lower() in text.lower()), None)
+
+
+def troubles(folder: Path) -> str | None:
+    """Returns what the logs of FLARE in a folder complain about: its own, and what it printed before it had one."""
+    return trouble(folder / "console.log") or trouble(folder / "log.txt")
 
 
 def _alive(pid: int) -> bool:

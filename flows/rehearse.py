@@ -150,18 +150,20 @@ class Stage:
         process.start()
         self._desks[party] = process
 
-    def prepare(self, party: str, secret: Path) -> None:
-        """Does at a site what its own schedule does there: ingest, validate, featurize; members share one matching secret."""
-        run = Party.load(self.home(party)).run()
-        if party in self.sites:
-            own = run.home / SECRET
-            if secret != own and secret.exists():
-                own.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                files.write_atomic(own, secret.read_bytes(), private=True)
-            with suppress(FedmatError):  # a site that is refused takes no part, and says so when it is asked
-                pipeline.prepare_site(run, party)
-                pipeline.featurize_site(run, party)
-                pipeline.matching_keys(run, party)
+    def share_secret(self) -> None:
+        """Makes the members' secret and hands it to every site, as their people would."""
+        from fedmat.data import matching
+
+        made = matching.load_or_create_secret(self.folder / SECRET).hex().encode()
+        for site in self.sites:
+            files.write_atomic(self.home(site) / SECRET, made, private=True)
+
+    def prepare(self, site: str) -> None:
+        """Does at a site what its own schedule does there: ingest, validate, featurize."""
+        run = Party.load(self.home(site)).run()
+        with suppress(FedmatError):  # a site that is refused takes no part, and says so when it is asked
+            pipeline.prepare_site(run, site)
+            pipeline.featurize_site(run, site)
 
     def desk_pid(self, party: str) -> int:
         """Returns the process id of a party's desk."""
@@ -248,9 +250,9 @@ def rehearse(
                     patience=operate.Patience(quorum=_CONNECTED_S, rest=_CONNECTED_S, ask=0.5, look=0.1),
                 )
             )
-            secret = stage.home(stage.sites[0]) / SECRET
+            stage.share_secret()
             for site in stage.sites:
-                stage.prepare(site, secret)
+                stage.prepare(site)
             reached("sites prepared")
             for party in stage.parties:
                 stage.start_desk(party)

@@ -34,7 +34,7 @@ from flows.services import (
     take_port,
     withdraw,
 )
-from flows.shared import DEADLINE_S, check_project, reference
+from flows.shared import DEADLINE_S, reference
 
 START_S = 180.0
 PREFECT_PORT, MLFLOW_PORT = 4200, 5000
@@ -76,10 +76,7 @@ def serve(
         StateError: the project folder is none.
         ServiceError: the port is taken, or the server cannot be had.
     """
-    if project is not None:
-        check_project(project)
-    place = project or home
-    run = reference(str(consortium), str(place) if place else None, None, rounds)
+    run = reference(str(consortium), str(home) if home else None, None, rounds, str(project) if project else None)
     given: dict[str, Any] = {
         "consortium": str(run.consortium_file),
         "rounds": rounds,

@@ -122,11 +122,25 @@ def may_pass(task: Any, run: Any, state: Any) -> bool:
 # --- references ----------------------------------------------------------------------------------------------------
 
 
-def reference(consortium: str, home: str | None, run_id: str | None = None, rounds: int | None = None) -> Run:
+def reference(
+    consortium: str, home: str | None, run_id: str | None = None, rounds: int | None = None, project: str | None = None
+) -> Run:
     """Returns the run that a flow's parameters name; errors as in :func:`fedmat.pipeline.open_run`.
 
     In the operator's project folder the members' site files are not looked for: each is on its own party's machine.
+
+    Args:
+        project: the operator's project folder, which is the workspace then.
+
+    Raises:
+        StateError: the project folder is none.
     """
+    if project is not None and not (Path(project) / PROJECT).is_file():
+        raise StateError(
+            f"{project}: is not a project folder ({PROJECT} is missing)",
+            fix="make it with fedmat consortium init, or correct the path",
+        )
+    home = project or home
     if home is None or not (Path(home) / PROJECT).is_file():
         return open_run(Path(consortium), home=Path(home) if home else None, run_id=run_id, rounds=rounds)
     place = Path(home).resolve()
@@ -134,19 +148,6 @@ def reference(consortium: str, home: str | None, run_id: str | None = None, roun
     run = Run(Path(consortium).resolve(), place, run_id, rounds, None, charter if charter.exists() else None)
     run.plan()
     return run
-
-
-def check_project(folder: Path | str) -> None:
-    """Refuses a folder that is no operator's project.
-
-    Raises:
-        StateError: it is none.
-    """
-    if not (Path(folder) / PROJECT).is_file():
-        raise StateError(
-            f"{folder}: is not a project folder ({PROJECT} is missing)",
-            fix="make it with fedmat consortium init, or correct the path",
-        )
 
 
 def run_name() -> str:
@@ -317,7 +318,7 @@ class Board:
             {
                 "round": report.round + 1,
                 "sites": len(report.accepted),
-                "left out": ", ".join(left_out) or "-",
+                "left out": ", ".join(left_out) or "none",
                 **{f"validation {k}": v for k, v in report.validation.items() if k != "n"},
                 "learning rate": report.lr,
                 "KiB down": round(sum(report.bytes_down.values()) / 1024, 1),

@@ -80,7 +80,7 @@ def find(offers: Mapping[str, Offer], *, sources: bool = False) -> Found:
     if len(marks) > 1:
         raise SiteRefused(
             f"sites hold different matching secrets: {', '.join(f'{n} {offers[n].fingerprint[:6]}' for n in names)}",
-            fix="copy one member's secrets/matching.key to the others' folders, by a road the operator does not see",
+            fix="give all sites one member's secret: fedmat site secret --take FILE, by a road the operator does not see",
         )
     tested = {kind: _distinct(np.concatenate([_NONE, *(offers[n].test[kind] for n in names)])) for kind in (MATERIAL, SOURCE)}
     taken = _NONE

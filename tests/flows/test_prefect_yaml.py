@@ -30,7 +30,8 @@ def test_entry_points_exist_and_take_the_parameters(deployments: list[dict[str, 
         path, name = d["entrypoint"].split(":")
         flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
         inspect.signature(flow.fn).bind(**d["parameters"])
-        assert (project / d["parameters"]["consortium"]).is_file()
+        file = Path(d["parameters"].get("consortium", "/"))
+        assert file.is_absolute() or (project / file).is_file()
 
 
 def test_schedules_name_their_time_zone(deployments: list[dict[str, Any]]) -> None:
@@ -39,3 +40,30 @@ def test_schedules_name_their_time_zone(deployments: list[dict[str, Any]]) -> No
     for s in schedules:
         assert ZoneInfo(s["timezone"])
         assert len(s["cron"].split()) == 5
+
+
+def test_no_party_works_in_another_partys_pool(deployments: list[dict[str, Any]]) -> None:
+    """A worker executes whatever its pool holds, so a pool belongs to one party."""
+    owners: dict[str, set[str]] = {}
+    for d in deployments:
+        given = d["parameters"]
+        owner = given.get("site") or (Path(given["home"]).name if "home" in given else "")
+        owners.setdefault(d["work_pool"]["name"], set()).add(owner or ("operator" if "project" in given else "consortium"))
+    assert all(len(found) == 1 for found in owners.values()), owners
+    assert owners["operator"] == {"operator"}
+
+
+def test_a_run_that_is_due_while_another_goes_is_left_out(deployments: list[dict[str, Any]]) -> None:
+    for d in deployments:
+        if d.get("schedules"):
+            assert d["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+
+
+def test_what_runs_unattended_has_a_hook_for_its_failure(deployments: list[dict[str, Any]]) -> None:
+    from flows.shared import alert
+
+    for d in deployments:
+        if d["name"] in ("nightly", "nightly-between-organisations", "prepare-at-home"):
+            path, name = d["entrypoint"].split(":")
+            flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
+            assert flow.on_failure_hooks == flow.on_crashed_hooks == [alert]
