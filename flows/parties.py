@@ -138,7 +138,21 @@ def _keep(folder: Path, services: dict[str, Callable[[], Child]], say: Callable[
         with signals_ignored():
             for child in running.values():
                 child.stop()
+            end_jobs(folder)
             (folder / PIDS).unlink(missing_ok=True)
+
+
+def end_jobs(folder: Path) -> None:
+    """Ends FLARE's job processes of a party's or the operator's folder.
+
+    Each is a session of its own and would outlive whoever started it by a minute. What a run needs is on disk.
+    """
+    workspaces = {str(folder.resolve() / name) for name in ("flare", "server")}
+    for entry in Path("/proc").glob("[0-9]*"):  # elsewhere than on Linux they end by themselves
+        with suppress(OSError):
+            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if any(w.startswith("nvflare.private.fed.app.") for w in words) and workspaces & set(words):
+                os.kill(int(entry.name), signal.SIGKILL)
 
 
 def _note(folder: Path, running: dict[str, Child]) -> None:

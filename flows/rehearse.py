@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,6 +39,7 @@ from flows.services import Child
 
 HOST = "localhost"
 _CONNECTED_S = 180.0
+_GRACE_S = 2.0  # for all processes together; then they are killed
 _PROCESSES = ("server", "server job", "client", "client job", "desk", "training")
 Say = Callable[[str], None]
 
@@ -139,7 +140,8 @@ class Stage:
         """Starts the process that desks are copied from, and returns before its imports are done."""
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["flows.forked"])
-        forkserver.ensure_running()  # it imports while we go on
+        with _deaf_to_ctrl_c():  # inherited: a terminal's Ctrl-C reaches the whole group, and this process ends the others
+            forkserver.ensure_running()  # it imports while we go on
 
     def start_desk(self, party: str) -> None:
         """Starts, or starts again, a party's desk."""
@@ -172,6 +174,7 @@ class Stage:
     def stop(self, party: str) -> None:
         """Ends a party's processes, as when its machine is switched off."""
         self.children.pop(party).stop(2.0)
+        parties.end_jobs(self.home(party))
         self.stop_desk(party)
 
     def stop_desk(self, party: str) -> None:
@@ -187,8 +190,11 @@ class Stage:
                 os.killpg(child.pid, signal.SIGTERM)
         for party in list(self._desks):
             self.stop_desk(party)
+        until = time.monotonic() + _GRACE_S
         for child in self.children.values():
-            child.stop(2.0)
+            child.stop(max(0.05, until - time.monotonic()))
+        for folder in (self.project, *(self.home(p) for p in self.parties)):
+            parties.end_jobs(folder)
         self.children.clear()
         if self._context is not None:
             with suppress(Exception):
@@ -235,7 +241,7 @@ def rehearse(
 
     with _folder(keep) as folder, stopped_by_signal():
         stage = Stage(consortium_file, folder, rounds=rounds)
-        with stage, _Memory(stage) as memory:
+        with stage, _Memory(stage) as memory, ExitStack() as sessions:
             stage.import_once()
             stage.provision(datetime.now(UTC))
             reached("provisioned")
@@ -245,7 +251,7 @@ def rehearse(
             following = _Thread(
                 lambda: operate.follow(  # the job starts while the sites prepare
                     order,
-                    session=lambda: Session(stage.project / "admin"),
+                    session=lambda: sessions.enter_context(Session(stage.project / "admin")),  # ends before its server
                     on_event=on_event or (lambda _: None),
                     patience=operate.Patience(quorum=_CONNECTED_S, rest=_CONNECTED_S, ask=0.5, look=0.1),
                 )
@@ -309,6 +315,18 @@ def _folder(keep: Path | None) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _end_group(pid: int) -> None:
