@@ -48,9 +48,20 @@ def client_child(home: Path) -> Child:
 
 def desk_child(home: Path) -> Child:
     """Starts a party's desk."""
-    (home / DESK).unlink(missing_ok=True)
+    forget_desk(home)
     command = [sys.executable, "-u", "-m", "flows.desk", str(home)]
     return Child(f"the desk of {Party.load(home).name}", command, log=home / "run" / "desk.log", env=_environment())
+
+
+def forget_desk(home: Path) -> None:
+    """Removes what a desk that has ended left: its note, its socket, and the folder made for one where the home's path is too long."""
+    note = home / DESK
+    with suppress(FedmatError, OSError, KeyError, TypeError):
+        socket_ = Path(files.read_json(note)["address"])
+        socket_.unlink(missing_ok=True)
+        if socket_.parent != note.parent:
+            socket_.parent.rmdir()
+    note.unlink(missing_ok=True)
 
 
 def _flare(which: str, folder: Path, settings: str, *more: str) -> list[str]:
@@ -139,6 +150,7 @@ def _keep(folder: Path, services: dict[str, Callable[[], Child]], say: Callable[
             for child in running.values():
                 child.stop()
             end_jobs(folder)
+            forget_desk(folder)
             (folder / PIDS).unlink(missing_ok=True)
 
 

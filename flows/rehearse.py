@@ -28,7 +28,6 @@ from fedmat import conductor, files, pipeline
 from fedmat.conductor import Order
 from fedmat.config import load_consortium
 from fedmat.errors import ConfigError, FedmatError, ServiceError
-from fedmat.federation.desk import DESK
 from fedmat.federation.flare import Session
 from fedmat.federation.plan import Plan
 from fedmat.federation.rounds import role_names
@@ -147,7 +146,7 @@ class Stage:
         """Starts, or starts again, a party's desk."""
         from flows import forked
 
-        (self.home(party) / DESK).unlink(missing_ok=True)
+        parties.forget_desk(self.home(party))
         process = self._context.Process(target=forked.main, args=(self.home(party),))
         process.start()
         self._desks[party] = process
@@ -182,6 +181,7 @@ class Stage:
         process = self._desks.pop(party)
         _end_group(process.pid)
         process.join(5.0)
+        parties.forget_desk(self.home(party))
 
     def close(self) -> None:
         """Ends everything that was started."""

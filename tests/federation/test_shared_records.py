@@ -144,7 +144,7 @@ def test_a_run_that_goes_on_asks_nobody_again_and_drops_the_same_rows(matched, t
 def test_a_site_with_another_secret_stops_the_run_and_the_way_out_is_named(tmp_path: Path) -> None:
     with pytest.raises(SiteRefused, match="different matching secrets") as error:
         run(config_(), tmp_path, keys=keys({"cedar": OTHER}))
-    assert "secret file" in str(error.value.fix)
+    assert "fedmat site secret" in str(error.value.fix)
     assert SECRET.hex() not in str(error.value) and OTHER.hex() not in str(error.value)
 
 
