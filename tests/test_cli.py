@@ -229,7 +229,7 @@ def test_an_error_is_one_panel_with_the_remedy_and_its_own_exit_code(
     kind: type[errors.FedmatError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
-        words = ("bad_thing",) if issubclass(kind, errors.ProtocolError) else ()
+        words = ("bad_thing",) if issubclass(kind, errors.ProtocolError | errors.PolicyRefused) else ()
         raise kind(*words, "site a: the thing is wrong", fix="mend the thing")
 
     monkeypatch.setattr("fedmat.places.find_run", fail)
