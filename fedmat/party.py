@@ -132,6 +132,8 @@ class Desk:
                 return engine.exchange({name: request}, config.plan.deadline_s)[0][0]
 
             reply = self._around(kind, work)
+            if isinstance(reply, Dropout) and reply.reason in ("crashed", "late"):  # before the next request, not within it
+                threading.Thread(target=self._again, args=(engine,), daemon=True).start()
             return self._released(reply)
 
     def warm(self, *, forked: bool = False) -> None:
@@ -144,6 +146,11 @@ class Desk:
             consortium = (self.party.home / CONSORTIUM).read_bytes()
             self._admit(consortium)
             self._worker(consortium).start(self.party.name, forked=forked)
+
+    def _again(self, engine: ProcessEngine) -> None:
+        with self._lock:
+            if engine is self._engine:
+                engine.start(self.party.name)
 
     def close(self) -> None:
         """Ends the process that does the work."""

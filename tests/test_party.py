@@ -30,6 +30,9 @@ class Inline(InProcessEngine):
         type(self).made += 1
         super().__init__({name: build(*arguments) for name, (build, arguments) in factories.items()})
 
+    def start(self, site: str) -> None:
+        """It is there."""
+
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

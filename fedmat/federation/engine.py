@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -217,6 +218,9 @@ def answer(site: str, handler: Handler, request: bytes) -> bytes | Failure:
         return Rejection(site, "policy", error.what)
     except FedmatError as error:
         return Dropout(site, "refused", error.what)
+    except OSError as error:  # what the system calls it, e.g. a full disk, without the path
+        why = f": {os.strerror(error.errno)}" if error.errno else ""
+        return Dropout(site, "crashed", f"{type(error).__name__}{why}")
     except Exception as error:  # the text of a foreign exception may hold data: only its type leaves
         return Dropout(site, "crashed", type(error).__name__)
 

@@ -16,6 +16,7 @@ import base64
 import contextlib
 import io
 import json
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +48,8 @@ TASK = "exchange"
 _REQUEST, _REPLY = "request", "reply"
 _FIRST_S = 90.0  # a party's job process may need this long to start; later a party that cannot be reached is one
 _AGAIN_S = 3.0
+_THERE = "fedmat.there"  # asked while a party works: FLARE itself waits out the deadline for one that was switched off
+_LOOK_S, _MISSES = 2.0, 3  # patience with one such question, and how many may stay without an answer
 _DESK_S = 60.0  # a party's desk may need this long to be there
 _NOT_THERE = (ReturnCode.COMMUNICATION_ERROR, ReturnCode.TOPIC_UNKNOWN, ReturnCode.SERVER_NOT_READY)
 OPERATOR = "operator@fedmat.local"
@@ -67,6 +70,7 @@ class FlareEngine(Engine):
     def __init__(self, server: Any, abort: Signal) -> None:
         self._server, self._abort = server, abort
         self._met: set[str] = set()
+        self._gone: set[str] = set()  # parties whose job process did not answer last time: asked whether they are there first
 
     def exchange(self, data: Mapping[str, bytes], deadline_s: float) -> Sequence[tuple[bytes | Failure, float]]:
         """See :class:`Engine`. All parties work at once, each against its own deadline.
@@ -89,21 +93,45 @@ class FlareEngine(Engine):
             if reply is not None and reply.get_return_code() not in _NOT_THERE:
                 self._met.add(party)
                 return _read(party, reply, deadline_s), seconds
-            if self._abort.triggered or time.monotonic() > patience:
+            if self._abort.triggered or (party in self._gone and party in self._met) or time.monotonic() > patience:
                 self._met.add(party)
                 return Dropout(party, "unreachable", "not connected"), seconds
             time.sleep(0.1)
 
     def _send(self, party: str, request: bytes, deadline_s: float) -> Shareable | None:
+        """Returns the party's reply; None where it is not connected, or went away while it worked."""
         task = Shareable()
         task[_REQUEST] = request
         task.set_header(ReservedHeaderKey.TASK_NAME, TASK)
         task.set_header(ReservedHeaderKey.TASK_ID, str(uuid.uuid4()))
+        if party in self._gone and not self._there(party):
+            return None
+        self._gone.discard(party)
+        found: list[Shareable | None] = []
+        sending = threading.Thread(
+            target=lambda: found.append(self._ask(party, ReservedTopic.DO_TASK, task, deadline_s)), daemon=True
+        )
+        sending.start()
+        misses = 0
+        while misses < _MISSES:
+            sending.join(_LOOK_S)
+            if not sending.is_alive():
+                return found[0] if found else None
+            misses = 0 if self._there(party) else misses + 1
+        self._gone.add(party)
+        return None
+
+    def _there(self, party: str) -> bool:
+        """Whether a party's job process answers: its FLARE client alone, started again without a job, does not count."""
+        reply = self._ask(party, _THERE, Shareable(), _LOOK_S)
+        return reply is not None and reply.get_return_code() in (ReturnCode.OK, ReturnCode.TOPIC_UNKNOWN)
+
+    def _ask(self, party: str, topic: str, request: Shareable, timeout_s: float) -> Shareable | None:
         with self._server.new_context() as context:
             if self._server.get_client_from_name(party) is None:
                 return None
             replies = self._server.send_aux_request(
-                targets=[party], topic=ReservedTopic.DO_TASK, request=task, timeout=deadline_s, fl_ctx=context, optional=True
+                targets=[party], topic=topic, request=request, timeout=timeout_s, fl_ctx=context, optional=True
             )
         found: Shareable | None = (replies or {}).get(party)
         return found
@@ -221,6 +249,11 @@ class Relay(Executor):  # type: ignore[misc]
         super().__init__()
         self._consortium, self._stated = base64.b64decode(consortium), stated
 
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """See FLARE's FLComponent."""
+        if event_type == EventType.START_RUN:
+            fl_ctx.get_engine().register_aux_message_handler(_THERE, lambda **_: make_reply(ReturnCode.OK))
+
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """See FLARE's Executor."""
         from fedmat.federation import desk
@@ -238,9 +271,11 @@ class Relay(Executor):  # type: ignore[misc]
                 break
             except InterruptedError:
                 return make_reply(ReturnCode.TASK_ABORTED)
-            except FedmatError as error:  # a desk that is being started again is asked again: the same request, the same answer
+            except FedmatError:  # a desk that is being started again is asked again: the same request, the same answer
                 if time.monotonic() > patience:
-                    data = frame(Dropout(name, "crashed", error.what))
+                    data = frame(
+                        Dropout(name, "crashed", "the party's desk does not answer")
+                    )  # the error's own text has a path
                     break
             time.sleep(0.2)
         reply = make_reply(ReturnCode.OK)

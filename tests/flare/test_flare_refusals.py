@@ -110,6 +110,5 @@ def test_a_job_that_is_more_than_settings_runs_at_no_site(scene: Scene, change: 
         while not (status := session.status(name)).startswith("FINISHED"):
             assert time.monotonic() < until, status
             time.sleep(0.3)
-    print(status)
     assert status != "FINISHED:COMPLETED"
     assert {site: len(scene.said(site)) for site in scene.sites} == before
