@@ -177,6 +177,7 @@ def test_a_second_run_measures_nothing_and_a_lost_file_is_measured_again(measure
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in result.items() if k != "seconds"}
 
 
+@pytest.mark.slow
 def test_a_changed_plan_is_measured_again_and_so_is_a_changed_record(suite: Path, measured, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     out, _ = measured
     arms = ("dummy", "forest")

@@ -151,6 +151,7 @@ def test_the_table_has_every_site_and_says_where_to_look_next(ran: tuple[Path, P
         assert word in shown
 
 
+@pytest.mark.slow
 def test_a_run_is_found_by_folder_id_start_of_id_consortium_file_and_latest(
     ran: tuple[Path, Path, Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

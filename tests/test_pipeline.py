@@ -83,6 +83,7 @@ def test_another_home_gives_the_same_bytes(finished, tmp_path: Path) -> None:  #
     assert json.dumps(other, sort_keys=True) == json.dumps(metrics, sort_keys=True)
 
 
+@pytest.mark.slow
 def test_one_process_per_site_gives_the_same_bytes(finished, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     _, metrics = finished
     run = pipeline.open_run(small.build(tmp_path / "c", rounds=12, isolation="process"), home=tmp_path / "home")
@@ -115,6 +116,7 @@ for report in pipeline.train(run):
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_by_the_kernel_resumes_to_the_same_bytes(finished, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     run, metrics = finished
     command = [sys.executable, "-c", KILLED, str(run.consortium_file), str(tmp_path / "home")]

@@ -196,6 +196,7 @@ def test_the_inverse_transform_undoes_the_task() -> None:
     assert serving.in_unit(probability, Task.model_validate(runs.SUPERIONIC)) is probability
 
 
+@pytest.mark.slow
 def test_a_registered_model_predicts_in_a_plain_process(folder: Path, project: Path, tmp_path: Path) -> None:
     """Loads by alias, in another folder, with nothing but MLflow's own API, and no pickle in what was stored."""
     store = f"sqlite:///{tmp_path}/mlruns/mlflow.db"

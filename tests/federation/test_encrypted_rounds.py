@@ -319,6 +319,7 @@ def test_a_role_that_crashes_and_comes_back_changes_nothing(tmp_path: Path, kind
     assert digest(whole) == digest(again)
 
 
+@pytest.mark.slow
 def test_canary_rounds_test_the_roles_and_leave_the_model_as_it_was(tmp_path: Path) -> None:
     plan = settings(security={**TRIGRAM, "canary_rate": 0.5, "exchanges": 12}, rounds=6)
     reports, with_canaries = consortium.run(plan, tmp_path / "canary")

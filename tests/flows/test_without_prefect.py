@@ -66,6 +66,7 @@ def test_the_same_run_again_is_the_same_run(bare: tuple[Outcome, list[Event]]) -
     assert not [e for e in heard if isinstance(e, RoundReport)], "a finished run trained again"
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_costs_the_pages_and_not_the_run(
     bare: tuple[Outcome, list[Event]], tmp_path: Path
 ) -> None:

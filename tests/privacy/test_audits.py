@@ -188,6 +188,7 @@ def membership(models: int, n: int, steps: int) -> tuple[float, float]:
     return likelihood_ratios(squared(plain, shadows), member), likelihood_ratios(hidden, member)
 
 
+@pytest.mark.slow
 def test_membership_shows_in_overfitted_models_and_not_in_private_ones() -> None:
     overfitted, private = membership(models=16, n=300, steps=40)
     assert overfitted > 0.9
