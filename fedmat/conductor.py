@@ -31,7 +31,7 @@ from fedmat.federation.engine import Engine
 from fedmat.federation.plan import Plan
 from fedmat.pipeline import Run
 
-PROJECT, CONSORTIUM, ORDERS, CHARTER = "project.json", "consortium.yaml", "orders", "charter.json"
+CONSORTIUM, ORDERS, CHARTER = "consortium.yaml", "orders", "charter.json"
 _ORDER, _STATE, _YIELD = "order.json", "state.json", "yield"
 _LOCK_S = 120.0
 
@@ -66,11 +66,7 @@ class Order:
     @property
     def for_parties(self) -> bytes:
         """The consortium file as the parties get it: with this order's number of rounds, which is part of the plan."""
-        if self.rounds is None:
-            return self.consortium
-        document = yaml.safe_load(self.consortium)
-        document.setdefault("plan", {})["rounds"] = self.rounds
-        return yaml.safe_dump(document, sort_keys=False, allow_unicode=True).encode()
+        return with_rounds(self.consortium, self.rounds)
 
     def run(self) -> Run:
         """Returns the run this order is about."""
@@ -143,6 +139,15 @@ def order(project: Path, consortium_file: Path, *, token: str, run_id: str | Non
     wanted.run().plan()
     wanted.save()
     return wanted
+
+
+def with_rounds(consortium: bytes, rounds: int | None) -> bytes:
+    """Returns a consortium file that says another number of rounds; None: as it is."""
+    if rounds is None:
+        return consortium
+    document = yaml.safe_load(consortium)
+    document.setdefault("plan", {})["rounds"] = rounds
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True).encode()
 
 
 def versions() -> dict[str, str]:

@@ -91,9 +91,9 @@ def serve_party(home: Path, say: Callable[[str], None]) -> None:
     checked = provision.check_home(home, datetime.now(UTC))
     for text in checked.warnings:
         say(f"note: {text}")
-    party = Party.load(home)
     say(
-        f"{party.name}: works for {party.consortium}; dials out to {party.host}:{party.port}; nobody outside this machine can call it"
+        f"{checked.party}: works for {checked.consortium}; dials out to {checked.host}:{checked.port}; "
+        "nobody outside this machine can call it"
     )
     _keep(home, {"desk": lambda: desk_child(home), "client": lambda: client_child(home)}, say)
 
@@ -111,9 +111,8 @@ def serve_operator(project: Path, say: Callable[[str], None]) -> None:
     checked = provision.check_project(project, datetime.now(UTC))
     for text in checked.warnings:
         say(f"note: {text}")
-    found = files.read_json(project / "project.json")
-    take_port(int(found["port"]), "fedmat consortium init --port", "0.0.0.0")  # noqa: S104  where FLARE listens
-    say(f"{found['consortium']}: parties reach the server at {found['host']}:{found['port']}")
+    take_port(checked.port, "fedmat consortium init --port", "0.0.0.0")  # noqa: S104  where FLARE listens
+    say(f"{checked.consortium}: parties reach the server at {checked.host}:{checked.port}")
     _keep(project, {"server": lambda: server_child(project)}, say)
 
 

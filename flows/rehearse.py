@@ -16,12 +16,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 import fedmat.telemetry  # noqa: F401  before anything that phones home is imported
 from fedmat import conductor, files, pipeline
@@ -39,7 +37,6 @@ from flows.services import Child
 HOST = "localhost"
 _CONNECTED_S = 180.0
 _GRACE_S = 2.0  # for all processes together; then they are killed
-_PROCESSES = ("server", "server job", "client", "client job", "desk", "training")
 Say = Callable[[str], None]
 
 
@@ -61,7 +58,6 @@ class Rehearsal:
     model_sha256: str
     seconds: dict[str, float]
     memory: dict[str, int]
-    left_over: tuple[int, ...] = field(default=())
 
 
 class Stage:
@@ -79,10 +75,7 @@ class Stage:
         self.config_file = self.folder / conductor.CONSORTIUM
         source = Path(consortium_file).resolve()
         settings = load_consortium(source)
-        document = yaml.safe_load(source.read_bytes())
-        if rounds is not None:
-            document.setdefault("plan", {})["rounds"] = rounds
-        files.write_atomic(self.config_file, yaml.safe_dump(document, sort_keys=False, allow_unicode=True).encode())
+        files.write_atomic(self.config_file, conductor.with_rounds(source.read_bytes(), rounds))
         self.config = load_consortium(self.config_file)
         self.plan = Plan.of(self.config)
         self.sites = self.config.roster

@@ -505,6 +505,8 @@ class Split(Engine):
         others: the engine for everyone else; it works where this one is called.
     """
 
+    side_by_side = True
+
     def __init__(self, carried: Engine, parties: Collection[str], others: Engine) -> None:
         self._carried, self._parties, self._others = carried, frozenset(parties), others
 

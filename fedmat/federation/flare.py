@@ -15,7 +15,6 @@ import abc
 import base64
 import contextlib
 import io
-import json
 import threading
 import time
 import uuid
@@ -52,11 +51,21 @@ _THERE = "fedmat.there"  # asked while a party works: FLARE itself waits out the
 _LOOK_S, _MISSES = 2.0, 3  # patience with one such question, and how many may stay without an answer
 _DESK_S = 60.0  # a party's desk may need this long to be there
 _NOT_THERE = (ReturnCode.COMMUNICATION_ERROR, ReturnCode.TOPIC_UNKNOWN, ReturnCode.SERVER_NOT_READY)
-OPERATOR = "operator@fedmat.local"
+OPERATOR = "operator@fedmat.local"  # as in kits; their module reaches what sees records, and this one may not
 
 
 class Stopped(FedmatError):
     """The job was told to end before its work was done; what was done is kept."""
+
+
+def stop_if_told(abort: Signal) -> None:
+    """Checks whether a job is being ended.
+
+    Raises:
+        Stopped: it is.
+    """
+    if abort.triggered:
+        raise Stopped("the job was ended", fix="run it again: it goes on where it stopped")
 
 
 # --- at the coordinator --------------------------------------------------------------------------------------------
@@ -80,8 +89,7 @@ class FlareEngine(Engine):
         """
         with ThreadPoolExecutor(max_workers=max(1, len(data))) as pool:
             found = list(pool.map(lambda party: self._one(party, data[party], deadline_s), data))
-        if self._abort.triggered:
-            raise Stopped("the job was ended", fix="run it again: it goes on where it stopped")
+        stop_if_told(self._abort)
         return found
 
     def _one(self, party: str, request: bytes, deadline_s: float) -> tuple[bytes | Failure, float]:
@@ -167,8 +175,7 @@ class Conductor(Controller, abc.ABC):  # type: ignore[misc]
         Raises:
             Stopped: it is.
         """
-        if self._abort.triggered:
-            raise Stopped("the job was ended", fix="run it again: it goes on where it stopped")
+        stop_if_told(self._abort)
 
     @abc.abstractmethod
     def work(self, engine: Engine, project: Path, job: str) -> None:
@@ -468,9 +475,3 @@ def _silent() -> Iterator[None]:
     """FLARE's admin session prints on stdout, which belongs to the command's own answer."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
-
-
-def settings(path: Path) -> dict[str, Any]:
-    """Returns a JSON file of a kit."""
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
