@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import fedmat.cli_drop  # adds its commands to site_app
+import fedmat.cli_egress
 import fedmat.telemetry  # noqa: F401  before anything that would phone home
 from fedmat.cli_bench import bench
 from fedmat.cli_consortium import consortium_app
@@ -272,11 +273,11 @@ def models(tracking_uri: Store = None, as_json: Json = False) -> None:
     """
     from datetime import UTC, datetime
 
-    from fedmat import console, lineage
+    from fedmat import console, registry
 
-    store = tracking_uri or lineage.registry_uri(Path.cwd())
+    store = tracking_uri or registry.registry_uri(Path.cwd())
     with console.working("asking MLflow"):
-        rows = lineage.models(store)
+        rows = registry.models(store)
     if as_json:
         console.write_json(rows)
         return
@@ -323,13 +324,13 @@ def predict(
 
     Example:  fedmat predict latest new-cells.csv --out predictions.csv
     """
-    from fedmat import console, files, lineage, places, serving, wire
+    from fedmat import console, files, places, registry, serving, wire
     from fedmat.data import layout
 
     path = places.site_model(model, site, home) if site else places.find_model(model, home)
     with console.working("predicting"):
         if path is None:
-            found: Any = lineage.load(model, tracking_uri or lineage.registry_uri(Path.cwd()))
+            found: Any = registry.load(model, tracking_uri or registry.registry_uri(Path.cwd()))
         else:
             found = wire.load_site_model(path) if site else wire.load_model(path)
         frame = layout.read(records)

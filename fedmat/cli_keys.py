@@ -29,7 +29,12 @@ Days = Annotated[int, typer.Option(min=1, max=3650, help="How many days from tod
 
 @keys_app.command("new")
 def keys_new(
-    party: Annotated[str, typer.Argument(help="The site's name in the consortium file, or aggregator, auditor, notary.")],
+    party: Annotated[
+        str,
+        typer.Argument(
+            help="The site's name in the consortium file, or aggregator, auditor, notary; operator: who keeps the ledger."
+        ),
+    ],
     folder: Folder,
     organisation: Annotated[str, typer.Option(help="Who runs it. The three roles must be three organisations.")],
     kem: Annotated[
@@ -37,7 +42,7 @@ def keys_new(
         typer.Option(help="How messages are sealed; the same for all. mlkem768-x25519 also withstands a quantum computer."),
     ] = "x25519",
     kind: Annotated[
-        Literal["site", "aggregator", "auditor", "notary"] | None,
+        Literal["site", "aggregator", "auditor", "notary", "operator"] | None,
         typer.Option(help="What the party is.", show_default="the role of that name, else site"),
     ] = None,
     days: Days = 365,
@@ -46,14 +51,16 @@ def keys_new(
     """Make a party's keys, at the party.
 
     Writes the private keys and a public entry, PARTY.party.json, for the operator. Keys that are there are never replaced.
+    The operator's own keys sign the ledger (docs/charter.md); they open no round.
 
     Example:  fedmat keys new acme-cells --folder keys --organisation "Acme Cells"
     """
     from fedmat import console, keys
     from fedmat.envelopes import ROLES
 
-    is_kind = kind or (party if party in ROLES else "site")
-    if (is_kind == "site") == (party in ROLES) or is_kind not in ("site", party):
+    named: tuple[keys.Kind, ...] = (*ROLES, "operator")
+    is_kind = kind or next((k for k in named if k == party), "site")
+    if (is_kind == "site") == (party in named) or is_kind not in ("site", party):
         raise ConfigError(f"{party} cannot be of kind {is_kind}", fix="a role is called by its kind, a site is not")
     made = keys.PartyKeys.new(party, kem)
     try:

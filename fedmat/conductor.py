@@ -206,6 +206,8 @@ class Federate(flare.Conductor):
         pipeline.baselines(run, engine=engine)
         wanted.note(phase="evaluate")
         found = pipeline.evaluate(run, engine=engine)
+        wanted.note(phase="statements")
+        pipeline.statements(run, engine=engine)
         wanted.note(state="done", phase="done", model_sha256=found["model"]["sha256"])
 
 

@@ -7,6 +7,7 @@ An unknown key is refused with the nearest valid one.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import typing
@@ -302,6 +303,42 @@ class Member(Settings):
     )
 
 
+class Terms(Settings):
+    """What the members agree on beside their keys; part of the charter that all of them sign (docs/charter.md)."""
+
+    quorum: float = Field(
+        2 / 3, gt=0.5, le=1, description="share of the members that must sign: who joins, who has to leave; rounded up"
+    )
+    approvals: int | None = Field(
+        None, ge=0, description="members that must approve a model before it is champion; by default the quorum, in a simulated consortium none"
+    )
+    witnesses: int | None = Field(
+        None, ge=0, description="members that must cosign a checkpoint before it counts; by default the quorum"
+    )
+    contract_versions: tuple[str, ...] = Field((), description="releases of the data contract that data may follow; empty: any")
+    residency: dict[str, str] = Field(default_factory=dict, description="site -> country in which its data stay")
+    export_classes: tuple[str, ...] = Field((), description="export classes of data that may take part, as members declare them; empty: any")
+    min_sites: int = Field(2, ge=2, description="fewer members than that train no model together")
+    published: dict[str, Literal["members", "public"]] = Field(
+        {"ledger": "members", "metrics": "members", "model": "members"}, description="what is shown to whom"
+    )
+    credits_per_release: int = Field(1000, ge=1, le=10**12, description="credits that one settled model makes")
+    tiers: dict[str, int] = Field(default_factory=dict, description="tier of the registry's models -> its price in credits")
+    priority_price: int = Field(1, ge=1, description="credits for one day of priority in serving")
+
+    def needed(self, members: int) -> int:
+        """Returns how many of ``members`` are a quorum."""
+        return math.ceil(round(self.quorum * members, 9))
+
+    def approvals_needed(self, members: int) -> int:
+        """Returns how many members must approve a champion."""
+        return self.needed(members) if self.approvals is None else self.approvals
+
+    def witnesses_needed(self, members: int) -> int:
+        """Returns how many members must cosign a checkpoint."""
+        return self.needed(members) if self.witnesses is None else self.witnesses
+
+
 class ConsortiumConfig(Settings):
     """The whole of consortium.yaml."""
 
@@ -323,6 +360,7 @@ class ConsortiumConfig(Settings):
     charter: Path | None = Field(
         None, description="everyone's public keys (docs/keys.md); a simulated consortium makes its own for a rehearsal"
     )
+    terms: Terms = Field(Terms(), description="what members agree on beside keys: quorum, approvals, credits (docs/charter.md)")
 
     @field_validator("features", mode="before")
     @classmethod

@@ -349,6 +349,55 @@ def head_shapley(parts: Sequence[Moments], held_out: Moments, ridge: float) -> V
     return shapley(head_worth(parts, held_out, ridge))
 
 
+def head_shapley_of_owners(
+    parts: Sequence[Moments], held_out: Moments, ridge: float, owners: Sequence[Sequence[int]]
+) -> Vector:
+    """Returns shares, shape ``n``, where the sites of one owner are one player; within a player shares follow numbers of rows.
+
+    Moments add, so an owner's player is the same however it divides its rows among sites: dividing gains exactly nothing,
+    for it or for anybody. What all get together is unchanged.
+
+    Args:
+        owners: groups of site indices, each site in one of them.
+
+    Raises:
+        PlanRefused, ProtocolError: as :func:`head_worth`, but for the number of owners; bad_moments: a site is in no group or in two.
+    """
+    players = head_shapley([together([parts[i] for i in group]) for group in grouped(owners, len(parts))], held_out, ridge)
+    return dealt(players, [m.n for m in parts], owners)
+
+
+def grouped(owners: Sequence[Sequence[int]], n: int) -> Sequence[Sequence[int]]:
+    """Returns ``owners`` once they are groups of ``n`` sites, each site in one of them.
+
+    Raises:
+        ProtocolError: bad_moments: they are not.
+    """
+    if sorted(i for group in owners for i in group) != list(range(n)) or not all(owners):
+        raise ProtocolError("bad_moments", f"the groups must name every one of {n} sites exactly once")
+    return owners
+
+
+def together(parts: Sequence[Moments]) -> Moments:
+    """Returns the moments of all rows of ``parts``, at least one."""
+    first, *others = parts
+    for m in others:
+        first = Moments(
+            first.n + m.n, first.features + m.features, first.products + m.products, first.square + m.square
+        )  # fmt: skip
+    return first
+
+
+def dealt(players: Vector, rows: Sequence[int], owners: Sequence[Sequence[int]]) -> Vector:
+    """Returns each site's part of its player's number, shape ``n``, by numbers of rows; equal parts where there are none."""
+    out = np.empty(len(rows))
+    for value, group in zip(players, owners, strict=True):
+        total = sum(rows[i] for i in group)
+        for i in group:
+            out[i] = value * (rows[i] / total if total else 1.0 / len(group))
+    return out
+
+
 def head_shapley_sampled(
     parts: Sequence[Moments], held_out: Moments, ridge: float, *, rng: np.random.Generator, permutations: int = 400
 ) -> Estimate:
@@ -571,3 +620,27 @@ def credits(shares: Sequence[float], total: int) -> tuple[int, ...]:
     for i in first[: total - sum(out)]:
         out[i] += 1
     return tuple(out)
+
+
+def credited(
+    shares: Sequence[float], errors: Sequence[float], total: int, together: Sequence[Sequence[int]] = ()
+) -> tuple[int | None, ...]:
+    """Returns whole credits out of ``total``; None for everyone where noise alone could have made the shares.
+
+    That is: where the gain is below two standard errors, the errors of players' shares taken as independent, or no share is positive.
+
+    Args:
+        errors: standard errors, shape ``n``.
+        together: groups of more than one site that are one player: parts of one error.
+
+    Raises:
+        ValueError: ``total`` is negative, or a share is not finite.
+    """
+    joint = [math.fsum(errors[i] for i in group) for group in together]
+    alone = [e for i, e in enumerate(errors) if not any(i in group for group in together)]
+    try:
+        if math.fsum(shares) < 2.0 * math.hypot(*joint, *alone):
+            raise NotEvidenced("the gain is within what noise makes")
+        return credits(shares, total)
+    except NotEvidenced:  # no reason for equal credits either
+        return (None,) * len(shares)

@@ -430,6 +430,35 @@ class MomentsRequest:
 
 
 @dataclass(frozen=True)
+class StatementsRequest:
+    """Asks a site for its signed entries about a run: data, contract, updates, what left.
+
+    Attributes:
+        consortium, run: whose ledger, and the run's name in it.
+        updates: round -> digest of the site's update that the coordinator counted; a site signs those it sent and no other.
+    """
+
+    plan_sha256: str
+    consortium: str
+    run: str
+    updates: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Statements:
+    """A site's signed entries, ready for the ledger, and its egress ledger, whose root the last of them fixes.
+
+    Attributes:
+        envelopes: as text, in the order in which they are appended.
+        egress: lines of the egress ledger.
+    """
+
+    site: str
+    envelopes: tuple[str, ...]
+    egress: str
+
+
+@dataclass(frozen=True)
 class CalibrateRequest:
     """Asks a site how far the finished global model is off on rows that a member of its ensemble never saw."""
 
@@ -525,6 +554,7 @@ Request = (
     | UnmaskRequest
     | WitnessRequest
     | MomentsRequest
+    | StatementsRequest
 )
 Answer = (
     Offer
@@ -546,6 +576,7 @@ Answer = (
     | Unmasked
     | SumWitness
     | SealedMoments
+    | Statements
 )
 
 
@@ -556,6 +587,7 @@ class Delivery:
     Attributes:
         answer: the message, or the failure as a value.
         bytes_down, bytes_up: encoded message sizes, to and from the site.
+        sha256: digest of the answer's bytes; "" where there is none.
     """
 
     site: str
@@ -563,6 +595,7 @@ class Delivery:
     bytes_down: int
     bytes_up: int
     seconds: float
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -571,6 +604,7 @@ class RoundReport:
 
     Attributes:
         shares: weight of each site whose update counted, summing to one.
+        updates: site -> digest of the answer it gave to the round's request, of every site that answered well.
         excluded: site -> why the rule left its update out or counted it less.
         protection: how updates were protected: ``none``, ``trigram``, ``masking`` or ``ckks``.
         exchange: number of the encrypted exchange that closed the round; -1 in the clear.
@@ -606,6 +640,7 @@ class RoundReport:
     evidence: dict[str, str] = field(default_factory=dict)
     contribution: dict[str, float] = field(default_factory=dict)
     role_bytes: dict[str, int] = field(default_factory=dict)
+    updates: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

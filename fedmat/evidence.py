@@ -264,6 +264,18 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return {k: v if len(v) <= 6000 else f"sha256:{files.sha256(v.encode())}" for k, v in out.items()}  # MLflow's limit
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns what a file of JSON lines says.
+
+    Raises:
+        StateError: there is no such file, or a line is damaged.
+    """
+    found = _lines(path)
+    if found is None:
+        raise StateError(f"{path}: no such file", fix="name a run's folder, or its rounds.jsonl")
+    return found
+
+
 def _lines(path: Path) -> list[dict[str, Any]] | None:
     if not path.is_file():
         return None

@@ -41,7 +41,7 @@ from fedmat.envelopes import ROLES
 from fedmat.errors import ConfigError, ProtocolError, StateError
 
 Kem = Literal["x25519", "mlkem768-x25519"]
-Kind = Literal["site", "aggregator", "auditor", "notary"]
+Kind = Literal["site", "aggregator", "auditor", "notary", "operator"]
 SIGNING, SEALING = "signing.key", "sealing.key"
 OLD = "{}-until-{}.key"  # a private key that a rotation replaced, kept until the charter has taken the new one
 ENTRY, ROTATION = "{}.party.json", "{}.rotation.json"  # public; for the operator

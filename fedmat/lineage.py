@@ -1,418 +1,508 @@
-"""What is registered where: the one module that speaks to MLflow, on the coordinator's side.
+"""One graph of what came from what: raw files, dataset versions, features, updates, rounds, models, and who stated each of it.
 
-Knows: a finished run's folder and how its evidence becomes an MLflow run, a registered version, tags and aliases.
-Refuses to know: records (it sees digests and counts only) and any decision about promotion other than "beats the
-present champion on the same frozen test set". It retries nothing.
+Knows: which entries of the ledger make which nodes and edges, in every run that the ledger holds. Refuses to know: whether the
+ledger is whole (``fedmat.audit``), records, formats of other tools (``fedmat.provenance``).
 
-A version is a statement about digests: MLflow's own dataset digest covers 10,000 rows with 32 bits, so the datasets
-here carry the first 36 characters of fedmat's SHA-256, and the full value in a tag.
+An edge points from what came later to what it came from. Every node and edge names the entry that asserts it, so that a walk
+through the graph is a list of entries to verify. What no entry states is not in the graph: a missing edge is a lack of evidence,
+never evidence of a lack. The graph is conservative for whoever wants to be out of a model: whatever a run could have taken from a
+site's data counts, the joint scaling, the intervals and the choice of a rule that saw an update and left it out included.
 
 References:
-    MLflow model registry: aliases and tags (stages are deprecated). Models from code: no pickle is written or read.
+    W3C, "PROV-DM: The PROV Data Model", 2013 (entities, activities, agents, and the names of the edges).
 """
 
 from __future__ import annotations
 
-import difflib
-import os
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version as release
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import fedmat.telemetry  # noqa: F401  before MLflow is imported
-from fedmat import files, wire
-from fedmat._version import __version__
-from fedmat.config import FeatureSpec
-from fedmat.data.contract import Field, RecordType
-from fedmat.data.example import example, inputs
-from fedmat.errors import ConfigError, ServiceError, StateError
-from fedmat.evidence import MODEL, FinishedRun, flat, numbers
+import networkx as nx
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.models import ModelSignature
+from fedmat import files
+from fedmat.bundle import ENVIRONMENT, Bundle
+from fedmat.errors import NotEvidenced, StateError
+from fedmat.evidence import METRICS, PLAN
+from fedmat.ledger.entries import OPERATOR
+from fedmat.ledger.fold import Fold, Placed, RunEntries
 
-    from fedmat.domain import GlobalModel
+Kind = Literal[
+    "site", "operator", "source", "dataset", "features", "contract_report", "plan", "code", "environment", "setup", "update",
+    "exclusion", "round", "weights", "model", "evaluation", "registration", "approval", "contribution", "prediction_batch",
+]  # fmt: skip
+"""``plan`` is a run as it was planned; ``setup`` what it did before its first round; ``prediction_batch`` is reserved."""
+Relation = Literal["derived_from", "used", "generated_by", "attributed_to", "considered", "about"]
+"""``considered``: a rule saw it and left it out, which may have changed what it took; ``about``: a statement's object."""
 
-CHAMPION, CHALLENGER = "champion", "challenger"
-_SCRIPT = Path(__file__).with_name("mlflow_model.py")
-_METRICS_PER_CALL, _PARAMS_PER_CALL = 1000, 100  # MLflow's limits for one batch
-_DECISION = "fedmat.decision"
-_ATTACHED = ("plan.json", "metrics.json", "timings.json", "report.html")
+_NAMED_BY_DIGEST = ("source", "dataset", "contract_report", "model", "environment")
+_SHOWN = 12  # digits of a digest in a label
 
 
 @dataclass(frozen=True)
-class Registered:
-    """Where a run's model stands in the registry.
+class Node:
+    """A thing, an activity or a party.
 
     Attributes:
-        aliases: aliases that point at this version now.
-        run_id: MLflow's id of the run, not fedmat's.
-        reason: why the version is, or is not, the champion.
+        id: the same in every graph of the same ledger, e.g. ``dataset:<sha256>``, ``update:<run>/<round>/<site>``.
+        digest: SHA-256 in hex (of code: the git commit); "" where there is none.
+        label: for people.
+        attributes: plain JSON values.
+        evidence: index of the ledger's entry that asserts it first; None of the reserved kind.
+        signed_by: party that signed that entry.
+        run: the run it belongs to; "" for what belongs to none or several.
     """
 
-    name: str
-    version: int
-    sha256: str
-    aliases: tuple[str, ...]
-    run_id: str
-    tracking_uri: str
-    reason: str = ""
+    id: str
+    kind: Kind
+    digest: str
+    label: str
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    evidence: int | None = None
+    signed_by: str = ""
+    run: str = ""
 
 
-def registry_uri(root: Path) -> str:
-    """Returns ``MLFLOW_TRACKING_URI`` if it is set, else the sqlite store ``root/mlruns/mlflow.db`` (absolute)."""
-    named = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-    return named or f"sqlite:///{(root / 'mlruns' / 'mlflow.db').resolve()}"
+@dataclass(frozen=True)
+class Edge:
+    """``source`` came from, was made with or belongs to ``target``.
 
-
-def register(run_folder: Path, *, tracking_uri: str) -> Registered:
-    """Registers a finished run's model, once, and decides about its aliases.
-
-    A model whose SHA-256 is registered already gets no second version, and its aliases stay as they are. A
-    registration that was interrupted is taken up: its unfinished MLflow run is deleted and written anew.
-
-    Args:
-        run_folder: a run's folder with plan.json, metrics.json, rounds.jsonl and model.safetensors.
-        tracking_uri: MLflow tracking (and registry) URI.
-
-    Raises:
-        NotEvidenced: the run is not finished (a file is missing).
-        StateError: the files disagree with each other.
-        ServiceError: MLflow refused or could not be reached.
+    Attributes:
+        evidence: index of the entry that asserts it first.
+        signed_by: party that signed that entry.
     """
-    run = FinishedRun.read(run_folder)
-    with _service(tracking_uri):
-        client = _client(tracking_uri)
-        version = _find(client, run)
-        if version is None:
-            version = _publish(client, run, tracking_uri)
-        found = client.get_model_version(run.name, str(version))
-        run_id = str(found.run_id)
-        if client.get_run(run_id).info.status != "FINISHED":
-            client.set_terminated(run_id, "FINISHED")
-        if _DECISION not in found.tags:
-            client.set_registered_model_alias(run.name, CHALLENGER, str(version))
-            promoted, reason = _decide(client, run, version)
-            if promoted:
-                client.set_registered_model_alias(run.name, CHAMPION, str(version))
-            client.set_model_version_tag(run.name, str(version), _DECISION, reason)
-            found = client.get_model_version(run.name, str(version))
-    return Registered(
-        name=run.name,
-        version=version,
-        sha256=run.sha256,
-        aliases=tuple(sorted(found.aliases)),
-        run_id=run_id,
-        tracking_uri=tracking_uri,
-        reason=str(found.tags[_DECISION]),
-    )
+
+    source: str
+    target: str
+    relation: Relation
+    evidence: int | None = None
+    signed_by: str = ""
 
 
-def models(tracking_uri: str) -> list[dict[str, Any]]:
-    """Returns every registered fedmat model version, newest first within a name, as plain JSON.
+class Graph:
+    """Nodes and edges over all runs of a ledger."""
 
-    Raises:
-        ServiceError: MLflow could not be reached.
-    """
-    place = _sqlite_file(tracking_uri)
-    if place is not None and not place.exists():
-        return []  # nothing was ever registered here; asking MLflow would create the store
-    with _service(tracking_uri):
-        found = _pages(_client(tracking_uri), "name LIKE 'fedmat-%'")
-        rows = []
-        for v in found:
-            score = v.tags.get("fedmat.score")
-            rows.append({
-                "name": v.name,
-                "version": int(v.version),
-                "aliases": sorted(v.aliases),
-                "sha256": v.tags.get("fedmat.model_sha256"),
-                "metric": v.tags.get("fedmat.metric"),
-                "score": float(score) if score else None,
-                "unit": v.tags.get("fedmat.metric_unit"),
-                "consortium": v.tags.get("fedmat.consortium"),
-                "simulated": v.tags.get("fedmat.simulated") == "true",
-                "test_set_sha256": v.tags.get("fedmat.test_set_sha256"),
-                "reason": v.tags.get(_DECISION),
-                "run_id": v.run_id,
-                "created_ms": int(v.creation_timestamp),
-            })  # fmt: skip
-    return sorted(rows, key=lambda r: (r["name"], -r["version"]))
+    def __init__(self, nodes: Iterable[Node], edges: Iterable[Edge]) -> None:
+        self._nodes = {n.id: n for n in nodes}
+        self._edges = tuple(edges)
+        self._graph: Any = nx.DiGraph()
+        self._graph.add_nodes_from(self._nodes)
+        self._graph.add_edges_from((e.source, e.target) for e in self._edges)
 
+    @classmethod
+    def of(cls, fold: Fold, bundle: Bundle | None = None) -> Graph:
+        """Returns the graph of everything that the entries of a ledger state.
 
-def load(reference: str, tracking_uri: str) -> GlobalModel:
-    """Returns a registered model, its weights file checked against the registered SHA-256.
+        Args:
+            bundle: adds what its files say about its run to the nodes' attributes, where a file has the digest that the
+                ledger states.
+        """
+        made = _Maker(fold, bundle)
+        made.parties()
+        for run in fold.runs.values():
+            made.run(run)
+        return cls(made.nodes.values(), made.edges.values())
 
-    Args:
-        reference: ``fedmat-x`` (its champion, else its newest version), ``fedmat-x@alias`` or ``fedmat-x/3``; a leading
-            ``models:/`` is allowed.
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """All nodes, by the entry that asserts them, then by id."""
+        return tuple(sorted(self._nodes.values(), key=lambda n: (-1 if n.evidence is None else n.evidence, n.id)))
 
-    Raises:
-        ConfigError: there is no such model, alias or version.
-        StateError: the stored weights are not the registered ones.
-        ServiceError: MLflow could not be reached.
-    """
-    text = reference.removeprefix("models:/")
-    name, alias, number = text.partition("@")[0].partition("/")[0], text.partition("@")[2], text.partition("/")[2]
-    rows = models(tracking_uri)
-    there = sorted({r["name"] for r in rows})
-    mine = [r for r in rows if r["name"] == name]
-    if not mine:
-        near = difflib.get_close_matches(name, there, n=1, cutoff=0.5)
-        hint = (
-            f"did you mean '{near[0]}'?" if near else f"there are {', '.join(there)}" if there else "nothing is registered yet"
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """All edges, in the order of the entries that assert them."""
+        return tuple(
+            sorted(self._edges, key=lambda e: (-1 if e.evidence is None else e.evidence, e.source, e.target, e.relation))
         )
-        raise ConfigError(f"no registered model '{name}'; {hint}", fix="see fedmat models")
-    if alias:
-        found = [r for r in mine if alias in r["aliases"]]
-    elif number:
-        found = [r for r in mine if str(r["version"]) == number]
-    else:
-        found = [r for r in mine if CHAMPION in r["aliases"]] or mine[:1]
-    if not found:
-        raise ConfigError(f"{name} has no {'alias ' + alias if alias else 'version ' + number}", fix="see fedmat models")
-    row = found[0]
-    with _service(tracking_uri), tempfile.TemporaryDirectory(prefix="fedmat-") as folder:
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        import mlflow.artifacts
 
-        source = str(_client(tracking_uri).get_model_version(name, str(row["version"])).source)
-        got = Path(mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=tracking_uri))
-        paths = sorted(got.rglob(MODEL))
-        if len(paths) != 1 or files.sha256_file(paths[0]) != row["sha256"]:
-            raise StateError(
-                f"{name} version {row['version']}: the stored weights are not the ones that were registered",
-                fix="restore the registry's artifacts, or use the run's own model file",
+    def __contains__(self, id: str) -> bool:
+        return id in self._nodes
+
+    def node(self, id: str) -> Node:
+        """Returns a node.
+
+        Raises:
+            NotEvidenced: no entry of the ledger states it.
+        """
+        if id not in self._nodes:
+            raise NotEvidenced(f"the ledger states nothing about {id}", fix="fedmat audit verify lists what it holds")
+        return self._nodes[id]
+
+    def of_kind(self, kind: Kind, run: str | None = None) -> tuple[Node, ...]:
+        """Returns all nodes of a kind, of one run or of all."""
+        return tuple(n for n in self.nodes if n.kind == kind and run in (None, n.run))
+
+    def find(self, name: str, *kinds: Kind) -> Node:
+        """Returns the node that a person means: by id, digest, beginning of a digest (8 digits or more), or label.
+
+        Raises:
+            NotEvidenced: there is none, or more than one.
+        """
+        among = [n for n in self.nodes if not kinds or n.kind in kinds]
+        for fits in (
+            [n for n in among if name in (n.id, n.digest)],
+            [n for n in among if n.label == name or name in n.attributes.get("names", ())],
+            [n for n in among if len(name) >= 8 and n.digest.startswith(name)],
+        ):
+            if len(fits) == 1:
+                return fits[0]
+            if fits:
+                raise NotEvidenced(
+                    f"{name}: {len(fits)} things in the ledger are called so", fix=f"use one of {', '.join(n.id for n in fits)}"
+                )
+        what = " or ".join(kinds) or "thing"
+        raise NotEvidenced(
+            f"{name}: the ledger knows no {what} of this name or digest",
+            fix=f"it knows {', '.join(sorted(n.label for n in among)) or 'none'}",
+        )
+
+    def ancestors(self, id: str, *kinds: Kind) -> tuple[Node, ...]:
+        """Returns everything a node came from, near and far; of some kinds, or of all.
+
+        Raises:
+            NotEvidenced: there is no such node.
+        """
+        self.node(id)
+        return self._sorted(nx.descendants(self._graph, id), kinds)
+
+    def descendants(self, id: str, *kinds: Kind) -> tuple[Node, ...]:
+        """Returns everything that came from a node, near and far; of some kinds, or of all.
+
+        Raises:
+            NotEvidenced: there is no such node.
+        """
+        self.node(id)
+        return self._sorted(nx.ancestors(self._graph, id), kinds)
+
+    def path(self, later: str, earlier: str) -> tuple[Edge, ...]:
+        """Returns a shortest way from a node to one that it came from; empty where there is none."""
+        try:
+            steps = nx.shortest_path(self._graph, later, earlier)
+        except (nx.NetworkXNoPath, nx.NodeNotFound):
+            return ()
+        known = {(e.source, e.target): e for e in self._edges}
+        return tuple(known[pair] for pair in itertools.pairwise(steps))
+
+    def only(self, ids: Iterable[str]) -> Graph:
+        """Returns the graph of some nodes and the edges between them."""
+        kept = set(ids)
+        return Graph((n for n in self.nodes if n.id in kept), (e for e in self.edges if e.source in kept and e.target in kept))
+
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """Returns the nodes' ids in layers: every edge leads to an earlier layer."""
+        return tuple(tuple(sorted(layer)) for layer in nx.topological_generations(self._graph.reverse(copy=True)))
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns nodes and edges as plain JSON."""
+        return {
+            "nodes": [
+                {
+                    "id": n.id, "kind": n.kind, "digest": n.digest, "label": n.label, "attributes": dict(n.attributes),
+                    "evidence": n.evidence, "signed_by": n.signed_by, "run": n.run,
+                }
+                for n in self.nodes
+            ],
+            "edges": [
+                {
+                    "source": e.source, "target": e.target, "relation": e.relation, "evidence": e.evidence,
+                    "signed_by": e.signed_by,
+                }
+                for e in self.edges
+            ],
+        }  # fmt: skip
+
+    def _sorted(self, ids: Iterable[str], kinds: tuple[Kind, ...]) -> tuple[Node, ...]:
+        found = (self._nodes[i] for i in ids)
+        wanted = (n for n in found if not kinds or n.kind in kinds)
+        return tuple(sorted(wanted, key=lambda n: (-1 if n.evidence is None else n.evidence, n.id)))
+
+
+# --- ids -------------------------------------------------------------------------------------------------------------
+
+
+def site_id(name: str) -> str:
+    """Returns the id of a member's node."""
+    return f"site:{name}"
+
+
+def dataset_id(sha256: str) -> str:
+    """Returns the id of a dataset version's node."""
+    return f"dataset:{sha256}"
+
+
+def model_id(sha256: str) -> str:
+    """Returns the id of a model's node."""
+    return f"model:{sha256}"
+
+
+def update_id(run: str, number: int, site: str) -> str:
+    """Returns the id of an update's node."""
+    return f"update:{run}/{number}/{site}"
+
+
+def round_id(run: str, number: int) -> str:
+    """Returns the id of a round's node."""
+    return f"round:{run}/{number}"
+
+
+def weights_id(run: str, number: int) -> str:
+    """Returns the id of the node of the weights after a round."""
+    return f"weights:{run}/{number}"
+
+
+def counted(aggregate: Any) -> tuple[str, ...]:
+    """Returns the sites whose update moved the weights in an :class:`~fedmat.ledger.entries.AggregateEntry`."""
+    return tuple(sorted(s for s, share in aggregate.shares.items() if share != 0))
+
+
+# --- from entries to nodes -------------------------------------------------------------------------------------------
+
+
+class _Maker:
+    def __init__(self, fold: Fold, bundle: Bundle | None) -> None:
+        self.fold, self.bundle = fold, bundle
+        self.nodes: dict[str, Node] = {}
+        self.edges: dict[tuple[str, str, str], Edge] = {}
+
+    def add(self, id: str, kind: Kind, digest: str, label: str, placed: Placed, /, **attributes: Any) -> str:
+        """Adds a node that an entry asserts; what a later entry says of a known node goes to its list of names alone."""
+        known = self.nodes.get(id)
+        run = getattr(placed.entry, "run", "")
+        if known is None:
+            shared = kind in (*_NAMED_BY_DIGEST, "features", "code", "site", "operator")
+            self.nodes[id] = Node(id, kind, digest, label, attributes, placed.index, placed.entry.by, "" if shared else run)
+        return id
+
+    def edge(self, source: str, relation: Relation, target: str, placed: Placed) -> None:
+        if source in self.nodes and target in self.nodes:
+            self.edges.setdefault((source, target, relation), Edge(source, target, relation, placed.index, placed.entry.by))
+
+    def parties(self) -> None:
+        charter = self.fold.charter
+        if charter is None:
+            return
+        places = {name: kept[0].since for name, kept in self.fold.history.items()}
+        for name, index in sorted(places.items(), key=lambda item: item[1]):
+            party = self.fold.history[name][-1].party
+            if party.kind != "site":
+                continue
+            gone = next((p.index for p in self.fold.departures if p.entry.site == name), None)
+            self.nodes[site_id(name)] = Node(
+                site_id(name), "site", "", name, {"organisation": party.organisation, "left_with_entry": gone}, index, OPERATOR
             )
-        return wire.load_model(paths[0])
-
-
-# --- what MLflow is told -----------------------------------------------------------------------------------------
-
-
-def _client(tracking_uri: str) -> MlflowClient:
-    """Returns a client of its own; the process-wide tracking URI stays untouched."""
-    for quiet, value in (("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"), ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")):
-        os.environ.setdefault(quiet, value)  # stdout belongs to the command line
-    place = _sqlite_file(tracking_uri)
-    if place is not None:
-        place.parent.mkdir(parents=True, exist_ok=True)
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
-
-
-def _find(client: MlflowClient, e: FinishedRun) -> int | None:
-    found = _pages(client, f"name = '{e.name}' and tags.`fedmat.model_sha256` = '{e.sha256}'")
-    return min((int(v.version) for v in found), default=None)
-
-
-def _publish(client: MlflowClient, e: FinishedRun, tracking_uri: str) -> int:
-    from mlflow.entities import LoggedModelOutput
-
-    tags, text = e.tags(), e.description()
-    experiment = _experiment(client, e, tracking_uri)
-    for stale in client.search_runs([experiment], f"tags.`fedmat.model_sha256` = '{e.sha256}'"):
-        if stale.info.status != "FINISHED":
-            client.delete_run(stale.info.run_id)  # an earlier attempt was interrupted: no version came of it
-    run = client.create_run(experiment, run_name=e.folder.name, tags=tags | {"mlflow.note.content": text})
-    run_id = run.info.run_id
-    try:
-        _log(client, e, run_id)
-        logged = client.create_logged_model(experiment, name=e.name, source_run_id=run_id, tags=tags, model_type="fedmat")
-        with tempfile.TemporaryDirectory(prefix="fedmat-") as folder:
-            client.log_model_artifacts(logged.model_id, str(_save(e, Path(folder), run_id, logged)))
-        client.finalize_logged_model(logged.model_id, "READY")
-        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, len(e.rounds))])
-        if not client.search_registered_models(f"name = '{e.name}'"):
-            client.create_registered_model(e.name, tags={"fedmat.target": e.target}, description=text)
-        version = client.create_model_version(
-            e.name, source=logged.artifact_location, run_id=run_id, model_id=logged.model_id, tags=tags, description=text
+        operator = charter.entry.operator
+        self.nodes["operator"] = Node(
+            "operator", "operator", "", OPERATOR, {"organisation": operator.organisation}, places.get(OPERATOR, 0), OPERATOR
         )
-        client.set_terminated(run_id, "FINISHED")
-    except BaseException:
-        client.set_terminated(run_id, "FAILED")
-        raise
-    return int(version.version)
 
+    def run(self, run: RunEntries) -> None:
+        name = run.plan.entry.run
+        plan = self._plan(run)
+        features = {site: self._data(placed) for site, placed in sorted(run.datasets.items())}
+        for placed in run.reports.values():
+            self._report(placed)
+        setup = self.add(f"setup:{name}", "setup", "", f"{name}: scaling, duplicates", run.plan, run=name)
+        self.edge(setup, "used", plan, run.plan)
+        for site, id in features.items():
+            self.edge(setup, "used", id, run.datasets[site])
+        self._rounds(run, features, plan, setup)
+        for placed in run.exclusions:
+            self._exclusion(placed)
+        if run.evaluation is not None:
+            self._model(run, features, plan, setup)
 
-def _experiment(client: MlflowClient, e: FinishedRun, tracking_uri: str) -> str:
-    name = f"fedmat/{e.metrics['consortium']}"
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        if found.lifecycle_stage == "deleted":
-            client.restore_experiment(found.experiment_id)
-        return str(found.experiment_id)
-    place = _sqlite_file(tracking_uri)
-    # without a location of its own the experiment would write below the current directory
-    artifacts = (place.parent / "artifacts").as_uri() if place is not None else None
-    return str(client.create_experiment(name, artifact_location=artifacts))
+    def _plan(self, run: RunEntries) -> str:
+        placed, e = run.plan, run.plan.entry
+        told = self._told(PLAN, e, lambda value: files.sha256(files.canonical_json(value)) == e.plan_sha256)
+        task = {k: told["task"][k] for k in ("name", "target", "unit") if k in told.get("task", {})} if told else {}
+        plan = self.add(
+            f"plan:{e.run}", "plan", e.plan_sha256, e.run, placed, run=e.run, seed=e.seed, rounds=e.rounds,
+            sites=list(e.sites), time=e.time, consortium_file_sha256=e.consortium_file_sha256, **task,
+        )  # fmt: skip
+        code = f"{e.git_commit or e.code_version}{'+changes' if e.git_dirty else ''}"
+        self.add(
+            f"code:{code}", "code", e.git_commit, f"fedmat {e.code_version} {code[:_SHOWN]}", placed, version=e.code_version,
+            commit=e.git_commit, dirty=e.git_dirty,
+        )  # fmt: skip
+        env = self._environment(e)
+        self.add(
+            f"environment:{e.environment_sha256}", "environment", e.environment_sha256, f"Python {env.get('python', '')}".strip(),
+            placed, **{k: env[k] for k in ("python", "system", "machine") if k in env},
+        )  # fmt: skip
+        self.edge(plan, "used", f"code:{code}", placed)
+        self.edge(plan, "used", f"environment:{e.environment_sha256}", placed)
+        self.edge(plan, "attributed_to", "operator", placed)
+        return plan
 
+    def _data(self, placed: Placed) -> str:
+        e = placed.entry
+        dataset = self.add(
+            dataset_id(e.dataset_sha256), "dataset", e.dataset_sha256, f"{e.by} {e.version or e.dataset_sha256[:_SHOWN]}", placed,
+            site=e.by, version=e.version, commit=e.git_commit, contract_version=e.contract_version, n_train=e.n_train,
+        )  # fmt: skip
+        self.edge(dataset, "attributed_to", site_id(e.by), placed)
+        for name, sha256 in sorted(e.sources.items()):
+            source = self.add(f"source:{sha256}", "source", sha256, f"{e.by}: {name}", placed, site=e.by, name=name)
+            self.edge(source, "attributed_to", site_id(e.by), placed)
+            self.edge(dataset, "derived_from", source, placed)
+        features = self.add(
+            f"features:{e.features_sha256}@{e.dataset_sha256}", "features", e.features_sha256,
+            f"features of {e.by} {e.version or e.dataset_sha256[:_SHOWN]}", placed, site=e.by, n_train=e.n_train,
+        )  # fmt: skip
+        self.edge(features, "derived_from", dataset, placed)
+        self.edge(features, "attributed_to", site_id(e.by), placed)
+        return features
 
-def _log(client: MlflowClient, e: FinishedRun, run_id: str) -> None:
-    from mlflow.data.code_dataset_source import CodeDatasetSource
-    from mlflow.data.meta_dataset import MetaDataset
-    from mlflow.entities import DatasetInput, InputTag, Metric, Param
+    def _report(self, placed: Placed) -> None:
+        e = placed.entry
+        report = self.add(
+            f"contract_report:{e.validation_sha256}", "contract_report", e.validation_sha256, f"{e.by}: contract {e.contract_version}",
+            placed, site=e.by, contract_version=e.contract_version, accepted=e.accepted, rejected=dict(e.rejected),
+        )  # fmt: skip
+        self.edge(report, "used", dataset_id(e.dataset_sha256), placed)
+        self.edge(report, "attributed_to", site_id(e.by), placed)
 
-    now = int(time.time() * 1000)
-    metrics = [Metric(k, v, now, step) for k, v, step in numbers(e.metrics, e.rounds)]
-    for part in _chunks(metrics, _METRICS_PER_CALL):
-        client.log_batch(run_id, metrics=part)
-    params = [Param(k, v) for k, v in sorted(flat(e.plan).items())]
-    for part in _chunks(params, _PARAMS_PER_CALL):
-        client.log_batch(run_id, params=part)
-    datasets = []
-    for site, v in sorted(e.metrics["sites"].items()):
-        source = CodeDatasetSource(tags={"fedmat.site": site, "fedmat.where": "stays at the site"})
-        dataset = MetaDataset(source, name=f"{site}/{e.records.name}", digest=v["dataset_sha256"][:36])  # type: ignore[abstract]
-        about = {"sha256": v["dataset_sha256"], "site": site, "n_train": v["n_train"], "n_test": v["n_test"]}
-        tags = [InputTag("mlflow.data.context", "training"), *(InputTag(f"fedmat.{k}", str(x)) for k, x in about.items())]
-        datasets.append(DatasetInput(dataset._to_mlflow_entity(), tags))
-    client.log_inputs(run_id, datasets=datasets)
-    for name in _ATTACHED:
-        if (e.folder / name).is_file():
-            client.log_artifact(run_id, str(e.folder / name))
+    def _rounds(self, run: RunEntries, features: Mapping[str, str], plan: str, setup: str) -> None:
+        name, before = run.plan.entry.run, setup  # the first weights are drawn from the plan's seed
+        numbers = sorted({n for n, _ in run.updates} | set(run.aggregates))
+        for number in numbers:
+            for (n, site), placed in sorted(run.updates.items()):
+                if n == number:
+                    self._update(placed, features.get(site), before, plan)
+            closed = run.aggregates.get(number)
+            if closed is None:
+                continue
+            e = closed.entry
+            id = self.add(
+                round_id(name, number), "round", e.report_sha256, f"{name}: round {number + 1}", closed, run=name, round=number,
+                rule=e.rule, protection=e.protection, shares=dict(e.shares),
+            )  # fmt: skip
+            self.edge(id, "used", before, closed)
+            self.edge(id, "used", plan, closed)
+            self.edge(id, "attributed_to", "operator", closed)
+            taken = counted(e)
+            for site in sorted({*taken, *e.updates}):
+                update = update_id(name, number, site)
+                if update not in self.nodes:  # the site did not sign for it: the operator's word alone
+                    self._unsigned(closed, site, features.get(site))
+                self.edge(id, "used" if site in taken else "considered", update, closed)
+            weights = self.add(
+                weights_id(name, number), "weights", e.model_sha256, f"{name}: weights after round {number + 1}", closed,
+                run=name, round=number,
+            )  # fmt: skip
+            self.edge(weights, "generated_by", id, closed)
+            before = weights
 
+    def _update(self, placed: Placed, features: str | None, before: str, plan: str) -> None:
+        e = placed.entry
+        id = self.add(
+            update_id(e.run, e.round, e.by), "update", e.sha256, f"{e.by}: round {e.round + 1}", placed, site=e.by, run=e.run,
+            round=e.round, bytes=e.bytes, sealed=e.kind == "Sealed", signed=True,
+        )  # fmt: skip
+        self.edge(id, "attributed_to", site_id(e.by), placed)
+        if features is not None:
+            self.edge(id, "used", features, placed)
+        self.edge(id, "used", before, placed)
+        self.edge(id, "used", plan, placed)
 
-def _save(e: FinishedRun, folder: Path, run_id: str, logged: Any) -> Path:
-    """Writes the model in MLflow's format: the script, the weights file, signature and a made-up example."""
-    import logging
+    def _unsigned(self, closed: Placed, site: str, features: str | None) -> None:
+        e = closed.entry
+        id = self.add(
+            update_id(e.run, e.round, site), "update", e.updates.get(site, ""), f"{site}: round {e.round + 1}", closed, site=site,
+            run=e.run, round=e.round, signed=False,
+        )  # fmt: skip
+        self.edge(id, "attributed_to", site_id(site), closed)
+        if features is not None:
+            self.edge(id, "used", features, closed)
 
-    import mlflow.pyfunc
-    import pandas as pd
-    from mlflow.models import Model
+    def _exclusion(self, placed: Placed) -> None:
+        e = placed.entry
+        id = self.add(
+            f"exclusion:{placed.index}", "exclusion", "", f"{e.site} left out: {e.reason}", placed, site=e.site, run=e.run,
+            round=e.round, why=e.kind, reason=e.reason, detail=e.detail,
+        )  # fmt: skip
+        self.edge(id, "attributed_to", "operator", placed)
+        update = update_id(e.run, e.round, e.site)
+        self.edge(id, "about", update if update in self.nodes else site_id(e.site), placed)
 
-    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
-    target = folder / "model"
-    mlflow.pyfunc.save_model(
-        str(target),
-        python_model=str(_SCRIPT),
-        artifacts={"model": str(e.folder / MODEL)},
-        signature=_signature(e.records, e.target, e.further),
-        input_example=pd.DataFrame([example(e.records, e.target)]),
-        pip_requirements=_requirements(e),
-        metadata={
-            "fedmat.model_sha256": e.sha256,
-            "fedmat.plan_sha256": e.metrics["plan_sha256"],
-            "fedmat.fields": {f.name: {"kind": f.kind, "unit": f.unit} for f in inputs(e.records, e.target)},
-        },
-        mlflow_model=Model(
-            artifact_path=logged.artifact_location, model_uuid=logged.model_id, run_id=run_id, model_id=logged.model_id
-        ),
-    )
-    return target
+    def _model(self, run: RunEntries, features: Mapping[str, str], plan: str, setup: str) -> None:
+        placed = run.evaluation
+        if placed is None:
+            return
+        e, name = placed.entry, run.plan.entry.run
+        told = self._told(METRICS, e, lambda _: self._digest(METRICS) == e.metrics_sha256)
+        registered = run.registration
+        called = str(told["model"]["name"]) if told and "model" in told else ""
+        if registered is not None:
+            called = registered.entry.name
+        version = f"{called} v{registered.entry.version}" if registered is not None else called
+        names = [n for n in (called, version, name) if n]
+        model = self.add(
+            model_id(e.model_sha256), "model", e.model_sha256, version or f"model of {name}", placed, run=name,
+            weights_sha256=e.weights_sha256, names=sorted(set(names)),
+        )  # fmt: skip
+        last = weights_id(name, max(run.aggregates, default=-1))
+        self.edge(model, "derived_from", last, placed)
+        self.edge(model, "generated_by", setup, placed)  # scaling and intervals are in the model's file
+        self.edge(model, "attributed_to", "operator", placed)
+        evaluation = self.add(
+            f"evaluation:{name}", "evaluation", e.metrics_sha256, f"{name}: {e.metric}", placed, run=name, metric=e.metric,
+            score=e.score, held_out_sha256=e.held_out_sha256, evaluations_sha256=e.evaluations_sha256,
+            intervals_sha256=e.intervals_sha256, matching_sha256=e.matching_sha256,
+        )  # fmt: skip
+        self.edge(evaluation, "used", model, placed)
+        self.edge(evaluation, "used", plan, placed)
+        self.edge(evaluation, "attributed_to", "operator", placed)
+        for id in features.values():
+            self.edge(evaluation, "used", id, placed)
+        self._about_model(run, model, evaluation)
 
+    def _about_model(self, run: RunEntries, model: str, evaluation: str) -> None:
+        name = run.plan.entry.run
+        for placed in run.contributions:
+            e = placed.entry
+            id = self.add(
+                f"contribution:{placed.index}", "contribution", e.evidence_sha256, f"{name}: contribution, {e.method}", placed,
+                run=name, method=e.method, shares=dict(e.shares), errors=dict(e.errors),
+            )  # fmt: skip
+            self.edge(id, "about", model, placed)
+            self.edge(id, "attributed_to", "operator", placed)
+        if (placed_r := run.registration) is not None:
+            e = placed_r.entry
+            id = self.add(
+                f"registration:{placed_r.index}", "registration", e.model_sha256, f"{e.name} v{e.version}", placed_r, run=name,
+                name=e.name, version=e.version, aliases=list(e.aliases), decision=e.decision,
+            )  # fmt: skip
+            self.edge(id, "about", model, placed_r)
+            self.edge(id, "used", evaluation, placed_r)
+            self.edge(id, "attributed_to", "operator", placed_r)
+        for site, placed in sorted(run.approvals.items()):
+            e = placed.entry
+            word = "approves" if e.approves else "does not approve"
+            id = self.add(
+                f"approval:{placed.index}", "approval", e.metrics_sha256, f"{site} {word}", placed, site=site, run=name,
+                approves=e.approves, note=e.note,
+            )  # fmt: skip
+            self.edge(id, "about", model, placed)
+            self.edge(id, "used", evaluation, placed)
+            self.edge(id, "attributed_to", site_id(site), placed)
 
-def _requirements(e: FinishedRun) -> list[str]:
-    """Returns fedmat and the exact releases whose change would change a feature."""
-    from fedmat.features import registry
+    # --- what the bundle's files add -------------------------------------------------------------------------------
 
-    specs = [FeatureSpec.model_validate(f) for f in e.plan["features"]]
-    libraries = registry.build(specs, e.records, e.target).libraries
-    return [f"fedmat=={__version__}", *(f"{name}=={release(name)}" for name in libraries)]
+    def _told(self, name: str, entry: Any, fits: Any) -> dict[str, Any]:
+        """Returns what a file of the run says, if it is the one that the ledger means; else nothing."""
+        if self.bundle is None or self.bundle.run != entry.run:
+            return {}
+        try:
+            value = self.bundle.json(name)
+            return dict(value) if isinstance(value, dict) and fits(value) else {}
+        except (StateError, ValueError, KeyError, TypeError):
+            return {}  # fedmat.audit names it
 
+    def _environment(self, entry: Any) -> dict[str, Any]:
+        return self._told(ENVIRONMENT, entry, lambda _: self._digest(ENVIRONMENT) == entry.environment_sha256)
 
-def _signature(rt: RecordType, target: str, further: Sequence[str]) -> ModelSignature:
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema
-    from mlflow.types.schema import AnyType
-
-    def column(f: Field) -> ColSpec:
-        # MLflow refuses 300 where it expects 300.0, and prints the whole input in that refusal: numbers are left to
-        # fedmat's own check, which takes either and names rows and fields only
-        return ColSpec(AnyType() if f.kind == "number" else "string", f.name, required=f.required)
-
-    return ModelSignature(
-        Schema([column(f) for f in inputs(rt, target)]),
-        Schema(
-            [
-                *(ColSpec("double", name) for name in ("prediction", "low", "high", "spread", *further)),
-                ColSpec("boolean", "in_domain"),
-            ]
-        ),
-    )
-
-
-# --- aliases -------------------------------------------------------------------------------------------------------
-
-
-def _decide(client: MlflowClient, e: FinishedRun, version: int) -> tuple[bool, str]:
-    """Tells whether ``version`` becomes champion, and why (not)."""
-    aliases = client.get_registered_model(e.name).aliases
-    metric, score = e.metrics["task"]["metric"], e.score
-    if score is None:
-        return False, f"challenger: this run has no {metric} on the global test, so nothing is proved"
-    if CHAMPION not in aliases:
-        return True, "champion: there was none before"
-    present = aliases[CHAMPION]
-    if int(present) == version:
-        return True, "champion: there was none before"
-    tags = dict(client.get_model_version(e.name, str(present)).tags)
-    by_hand = f"set the alias '{CHAMPION}' by hand to promote it"
-    if tags.get("fedmat.test_set_sha256") != e.held_out_sha256:
-        return False, f"challenger: version {present} was scored on another test set, so they cannot be compared; {by_hand}"
-    if tags.get("fedmat.metric") != metric or "fedmat.score" not in tags:
-        return False, f"challenger: version {present} has no comparable {metric}; {by_hand}"
-    theirs = float(tags["fedmat.score"])
-    better = score > theirs if metric == "auc" else score < theirs
-    words = f"{metric} {score:.6g} against {theirs:.6g} of version {present} on the same test set"
-    return better, f"{'champion' if better else 'challenger'}: {words}"
-
-
-# --- plumbing ------------------------------------------------------------------------------------------------------
-
-
-def _pages(client: MlflowClient, query: str) -> list[Any]:
-    """Returns all versions a query finds, with their aliases."""
-    found: list[Any] = []
-    token: str | None = None
-    while True:
-        page = client.search_model_versions(query, max_results=1000, page_token=token)
-        found.extend(page)
-        token = page.token
-        if not token:
-            break
-    aliases = {name: client.get_registered_model(name).aliases for name in sorted({v.name for v in found})}
-    for v in found:
-        v.aliases = [a for a, number in aliases[v.name].items() if int(number) == int(v.version)]
-    return found
-
-
-def _sqlite_file(tracking_uri: str) -> Path | None:
-    head = "sqlite:///"
-    return Path(tracking_uri[len(head) :].split("?")[0]) if tracking_uri.startswith(head) else None
-
-
-def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
-
-
-@contextmanager
-def _service(tracking_uri: str) -> Iterator[None]:
-    """Turns MLflow's, the database's and the network's errors into one that names the service."""
-    import requests
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        from mlflow.exceptions import MlflowException
-    except ImportError as error:
-        raise ServiceError("MLflow does not import", fix="install fedmat with its dependencies again") from error
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, requests.RequestException, OSError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ServiceError(
-            f"MLflow at {_without_password(tracking_uri)}: {first[:300]}",
-            fix="check that the store is reachable and writable (MLFLOW_TRACKING_URI), then publish the run again",
-        ) from error
-
-
-def _without_password(uri: str) -> str:
-    head, _, tail = uri.rpartition("@")
-    return f"{head.split('://')[0]}://…@{tail}" if head else uri
+    def _digest(self, name: str) -> str:
+        data = self.bundle.run_data(name) if self.bundle is not None else None
+        return "" if data is None else files.sha256(data)

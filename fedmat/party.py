@@ -134,7 +134,7 @@ class Desk:
             reply = self._around(kind, work)
             if isinstance(reply, Dropout) and reply.reason in ("crashed", "late"):  # before the next request, not within it
                 threading.Thread(target=self._again, args=(engine,), daemon=True).start()
-            return self._released(reply)
+            return self._released(reply, request, consortium)
 
     def warm(self, *, forked: bool = False) -> None:
         """Starts the process that does the work, for the consortium file the party joined with, so that no round waits for it.
@@ -182,15 +182,18 @@ class Desk:
             policy.load(self.party.home / POLICY).admit(config, self._charters[digest])
         return config
 
-    def _released(self, reply: bytes | Failure) -> bytes | Failure:
-        """Lets an answer go if the site's policy permits its kind and size."""
+    def _released(self, reply: bytes | Failure, request: bytes, consortium: bytes) -> bytes | Failure:
+        """Lets an answer go if the site's policy permits its kind and size, and writes it down first."""
         if self.party.kind != "site" or not isinstance(reply, bytes):
             return reply
+        path = self.party.home / POLICY
         try:
-            policy.load(self.party.home / POLICY).release(wire.kind_of(reply), len(reply))
+            policy.load(path).release(wire.kind_of(reply), len(reply))
+            door = pipeline.door(self.party.run(consortium), self.party.name)
+            door.note(reply, request, clause="outbound.kinds", policy_sha256=files.sha256_file(path))
         except PolicyRefused as error:
             return Rejection(self.party.name, "policy", error.what)
-        except FedmatError as error:  # a policy that cannot be read permits nothing
+        except FedmatError as error:  # a policy that cannot be read permits nothing, and nothing leaves unwritten
             return Dropout(self.party.name, "refused", error.what)
         return reply
 

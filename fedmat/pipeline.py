@@ -30,15 +30,19 @@ from fedmat.errors import ConfigError, DataError, NotEvidenced, SiteRefused, Sta
 from fedmat.federation.plan import Plan
 
 if TYPE_CHECKING:
+    from fedmat.accounts import Books
     from fedmat.baselines import Arm
     from fedmat.data.records import Snapshot
     from fedmat.data.versions import Version
+    from fedmat.egress import Door
     from fedmat.features.table import FeatureTable
     from fedmat.federation.engine import Engine, Handler
     from fedmat.federation.holding import Identity
     from fedmat.federation.site import MatchingKeys
-    from fedmat.keys import Charter
-    from fedmat.lineage import Registered
+    from fedmat.federation.statements import Signing
+    from fedmat.keys import Charter, PartyKeys
+    from fedmat.ledger.fold import Fold
+    from fedmat.registry import Registered
 
 SECRET = Path("secrets/matching.key")  # in the workspace: the members' secret, which no coordinator may see
 REFERENCE = "reference"  # the party with the rows that contributions are measured on
@@ -140,6 +144,23 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Accounted:
+    """What the ledger holds of a run.
+
+    Attributes:
+        run: the run's name in the ledger.
+        written: entries that were new.
+        size: of the ledger.
+        bundle: the evidence bundle.
+    """
+
+    run: str
+    written: int
+    size: int
+    bundle: Path
+
+
+@dataclass(frozen=True)
 class FeatureRef:
     """Reference to a site's features."""
 
@@ -223,7 +244,30 @@ def build_handler(run: Run, site: str) -> Handler:
         raise SiteRefused(f"site {site}: its data were refused when they were prepared", fix="see fedmat site check")
     manifest = files.read_json(folder / "manifest.json")
     keys, identity = matching_keys(run, site), site_identity(run, site)
-    return SiteWorker(site, run.plan(), site_table(run, site), manifest, folder, keys, identity).handle
+    return SiteWorker(site, run.plan(), site_table(run, site), manifest, folder, keys, identity, _signing(run, site)).handle
+
+
+def door(run: Run, site: str) -> Door:
+    """Returns where the answers of a site pass, and are written down, on their way out."""
+    from fedmat.egress import Door
+
+    plan, folder = run.plan(), run.site_folder(site)
+    manifest = folder / "manifest.json"
+    dataset = str(files.read_json(manifest)["sha256"]) if manifest.exists() else ""
+    return Door(site, folder, plan.sha256, dataset, plan.settings)
+
+
+def build_noting(run: Run, site: str) -> Handler:
+    """Returns a site's handler behind its door: what it answers leaves at once, written down first."""
+    return door(run, site).around(build_handler(run, site))
+
+
+def _signing(run: Run, site: str) -> Signing | None:
+    from fedmat import keys
+    from fedmat.federation.statements import Signing
+
+    folder = run.party_folder(site) / KEYS
+    return Signing(keys.load(folder, site)) if (folder / keys.SIGNING).exists() else None
 
 
 def build_role(run: Run, role: str) -> Handler:
@@ -252,11 +296,18 @@ def read_charter(run: Run) -> Charter | None:
     Raises:
         ConfigError: the consortium is real and names no charter, or the charter is wrong or another consortium's.
     """
+    return None if run.config().plan.security.mode == "none" else members_charter(run)
+
+
+def members_charter(run: Run) -> Charter | None:
+    """Returns everyone's public keys, also where nothing is encrypted; None where a real consortium has agreed on none.
+
+    Raises:
+        ConfigError: as :func:`read_charter`.
+    """
     from fedmat import keys
 
     config = run.config()
-    if config.plan.security.mode == "none":
-        return None
     if run.charter_file is not None or config.charter is not None:
         path = run.charter_file or run.consortium_file.parent / str(config.charter)
         found = keys.read_charter(path)
@@ -266,6 +317,8 @@ def read_charter(run: Run) -> Charter | None:
             )
         return found
     if not config.simulated:
+        if config.plan.security.mode == "none":
+            return None
         raise ConfigError(
             f"{run.consortium_file}: security.mode {config.plan.security.mode} needs a charter with everyone's public keys",
             fix="make one with fedmat keys charter and name it under charter:",
@@ -295,11 +348,11 @@ def open_engine(run: Run) -> Iterator[Engine]:
     from fedmat.federation.engine import InProcessEngine, ProcessEngine
     from fedmat.federation.rounds import role_names
 
-    read_charter(run)  # makes the rehearsal's keys, before any party looks for them
+    members_charter(run)  # makes the rehearsal's keys, before any party looks for them
     roles = role_names(run.plan())
     engine: Engine
     if run.plan().settings.isolation == "process":
-        factories = {s: (build_handler, (run, s)) for s in run.sites} | {r: (build_role, (run, r)) for r in roles}
+        factories = {s: (build_noting, (run, s)) for s in run.sites} | {r: (build_role, (run, r)) for r in roles}
         engine = ProcessEngine(factories)
     else:
         handlers = {s: _handler_or_refusal(run, s) for s in run.sites} | {r: build_role(run, r) for r in roles}
@@ -450,11 +503,93 @@ def settle(run: Run, *, engine: Engine | None = None) -> dict[str, Any]:
         return settlement.settle(delivery, plan, charter, model, rows, nonce, today, folder)
 
 
-def publish(run: Run, tracking_uri: str | None = None) -> Registered:
-    """Registers the run's model in MLflow; promotes it when it beats the present champion on the same test set."""
-    from fedmat import lineage
+def statements(run: Run, *, engine: Engine | None = None) -> dict[str, Any]:
+    """Asks the sites for their signed entries about the finished run and returns what is in ``statements.json``."""
+    from fedmat import accounts
 
-    return lineage.register(run.folder, tracking_uri=tracking_uri or lineage.registry_uri(Path.cwd()))
+    with _engine(run, engine) as delivery:
+        return accounts.ask(run.folder, run.plan(), _ledger_name(run), delivery)
+
+
+def account(run: Run, now: datetime) -> Accounted:
+    """Writes the finished run into the operator's ledger, signs a checkpoint and packs the evidence bundle.
+
+    Done again, it writes what came since. The ledger of a rehearsal is begun here, and its members' witnesses cosign here.
+
+    Raises:
+        NotEvidenced: the run is not finished, or a real consortium has not begun its ledger.
+        StateError: the ledger says something else about this run.
+        ProtocolError: an entry breaks a rule of the ledger.
+    """
+    from fedmat import accounts
+
+    books, config = ledger_books(run), run.config()
+    own = _own_keys(run)
+    if own:
+        charter = members_charter(run)
+        if charter is not None:
+            accounts.begin(books, config, charter, {s: k for s, (k, _) in own.items()}, now)
+    name = _ledger_name(run)
+    written = accounts.enter(books, name, run.folder, run.consortium_file, now)
+    note = accounts.seal(books, now, own)
+    path = accounts.pack(books, name, run.folder)
+    return Accounted(name, written, int(note.splitlines()[1]), path)
+
+
+def ledger_books(run: Run) -> Books:
+    """Returns the operator's ledger of this run's consortium."""
+    from fedmat.accounts import Books
+
+    return Books(run.home, run.config().name)
+
+
+def _ledger_name(run: Run) -> str:
+    from fedmat import accounts
+
+    return accounts.name_of(ledger_books(run).fold(), run.folder)
+
+
+def _own_keys(run: Run) -> dict[str, tuple[PartyKeys, Path]]:
+    """Returns the keys of the sites of a rehearsal, with the folders of their witnesses; of a real consortium none are here."""
+    from fedmat import accounts, keys
+
+    if not run.config().simulated or run.config().charter is not None or run.charter_file is not None:
+        return {}
+    members_charter(run)
+    return {s: (keys.load(run.party_folder(s) / KEYS, s), run.party_folder(s) / accounts.WITNESS) for s in run.sites}
+
+
+def publish(run: Run, tracking_uri: str | None = None, now: datetime | None = None) -> Registered:
+    """Registers the run's model in MLflow; promotes it when it beats the present champion on the same test set.
+
+    Where the consortium has a ledger, it is promoted only with the approvals that the charter asks for, and the registration
+    becomes an entry.
+    """
+    from fedmat import accounts, registry
+
+    books = ledger_books(run)
+    fold = books.fold()
+    may = _approved(run, fold) if fold.size else ("" if run.config().simulated else "a ledger with the members' approvals")
+    found = registry.register(run.folder, tracking_uri=tracking_uri or registry.registry_uri(Path.cwd()), hindrance=may)
+    name = _ledger_name(run)
+    if name in fold.runs and fold.runs[name].evaluation is not None:
+        when = now or datetime.now(UTC)
+        accounts.register(books, name, found.name, found.version, found.sha256, found.aliases, found.reason, when)
+        accounts.seal(books, when, _own_keys(run))
+        accounts.pack(books, name, run.folder)
+    return found
+
+
+def _approved(run: Run, fold: Fold) -> str:
+    """Returns what keeps a run's model from being champion; "" if the charter's approvals are there."""
+    from fedmat import accounts
+
+    entries = fold.runs.get(accounts.name_of(fold, run.folder))
+    needed = fold.terms.approvals_needed(len(fold.sites))
+    given = [s for s in entries.approved_by() if s in fold.sites] if entries else []
+    if len(given) >= needed:
+        return ""
+    return f"approvals: {len(given)} of the {needed} that the charter asks for"
 
 
 # --- inside --------------------------------------------------------------------------------------------------------
@@ -463,7 +598,7 @@ def publish(run: Run, tracking_uri: str | None = None) -> Registered:
 def _handler_or_refusal(run: Run, site: str) -> Handler:
     """A site that cannot take part answers every request with its reason; the coordinator decides what that means."""
     try:
-        return build_handler(run, site)
+        return build_noting(run, site)
     except (DataError, StateError) as error:
         trouble = error
 

@@ -56,6 +56,7 @@ KINDS: Mapping[str, str] = {
     "Calibration": "counts of errors by size, for prediction intervals",
     "Baseline": "how the site's own models do on its test groups; of a simulated consortium the models too",
     "Evaluation": "sums of errors and of the target over held-out rows, counts of predictions by size",
+    "Statements": "signed entries for the ledger, and the list of all that left: digests, counts, sizes",
     "SealedMoments": "noisy second moments of rows, sealed to the auditor; asked for by fedmat settle alone",
 }
 MOST_BYTES = 64 * 2**20  # in a draft: well above an update of the networks in use
@@ -275,7 +276,7 @@ def load(path: Path) -> Policy:
 
 def kinds_asked(config: ConsortiumConfig) -> tuple[str, ...]:
     """Returns the kinds of objects a plan asks of a site, in the order of ``KINDS``; a settlement is no part of a plan."""
-    after = {"Baseline", "Evaluation"} | ({"Calibration"} if config.task.kind != "binary" else set())
+    after = {"Baseline", "Evaluation", "Statements"} | ({"Calibration"} if config.task.kind != "binary" else set())
     return tuple(kind for kind in KINDS if kind in after or kind in _for_rounds(config))
 
 

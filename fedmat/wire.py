@@ -34,7 +34,7 @@ _TYPES: dict[str, type] = {
         domain.Attestation, domain.AttestRequest, domain.StatisticsRequest, domain.Statistics, domain.Scaler, domain.RanksRequest, domain.Ranks,
         domain.TrainRequest, domain.Update, domain.BaselineRequest, domain.Baseline, domain.EvaluateRequest,
         domain.MatchRequest, domain.Offer, domain.RemoveRequest, domain.Removal, domain.Removed,
-        domain.Evaluation, domain.CalibrateRequest, domain.Calibration, domain.MomentsRequest, domain.Network, domain.SiteModel, domain.GlobalModel, domain.Dropout, domain.Rejection, domain.Checkpoint,
+        domain.Evaluation, domain.CalibrateRequest, domain.Calibration, domain.MomentsRequest, domain.StatementsRequest, domain.Statements, domain.Network, domain.SiteModel, domain.GlobalModel, domain.Dropout, domain.Rejection, domain.Checkpoint,
         domain.Step, domain.NeedModel, domain.ReferenceRequest, domain.Sealed, domain.Prepared, domain.Answered,
         *(k for k in vars(envelopes).values() if dataclasses.is_dataclass(k) and isinstance(k, type)),
     )
@@ -83,6 +83,25 @@ def kind_of(data: bytes) -> str:
     if kind not in _TYPES:
         raise WireError("a message of an unknown kind", fix="compare fedmat versions")
     return str(kind)
+
+
+def outline(data: bytes) -> dict[str, Any]:
+    """Returns what can be told of a message without its content: kind, round (-1: none), tensors, numbers in them.
+
+    Raises:
+        WireError: the bytes are no message.
+    """
+    kind = kind_of(data)
+    outer = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    body = json.loads(outer.pop("__metadata__")[_HEADER])["f"]
+    number = body.get("round", (body.get("header") or {}).get("f", {}).get("round"))  # an encrypted round's stands in its header
+    shapes = [t["shape"] for t in outer.values()]
+    return {
+        "kind": kind,
+        "round": number if isinstance(number, int) else -1,
+        "tensors": len(shapes),
+        "numbers": sum(math.prod(s) for s in shapes),
+    }
 
 
 def digest(message: Any) -> str:

@@ -27,7 +27,7 @@ class Outcome:
 
     Attributes:
         run: the run under the name it got.
-        registered: where the model stands in the registry, as in ``fedmat.lineage.Registered``; None if not asked for.
+        registered: where the model stands in the registry, as in ``fedmat.registry.Registered``; None if not asked for.
     """
 
     run: Run

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedmat import files, pipeline
 from fedmat.domain import RoundReport
-from fedmat.errors import DataError, ServiceError, SiteRefused
+from fedmat.errors import DataError, NotEvidenced, ServiceError, SiteRefused
 from fedmat.pipeline import METRICS, MODEL, Run
 from flows.prepare import prepare
 from flows.publish import publish
@@ -68,6 +68,22 @@ def baselines(run: Run) -> None:
 def evaluate(run: Run) -> dict[str, Any]:
     """Scores every model on the frozen test groups and returns the metrics, which hold no record."""
     return perform("evaluate", lambda: pipeline.evaluate(run), run=run)
+
+
+@task(name="account", tags=["fedmat"])
+def account(run: Run, *, ask: bool) -> str:
+    """Has the sites sign what they did, writes the run into the ledger and packs its evidence; says what kept it if not."""
+
+    def work() -> str:
+        try:
+            if ask:
+                pipeline.statements(run)
+            done = pipeline.account(run, datetime.now(UTC))
+        except NotEvidenced as error:  # a consortium that has begun no ledger: its model is none the worse
+            return f"not in a ledger: {error.what}"
+        return f"{done.written} entries, {done.size} in the ledger, {done.bundle.name}"
+
+    return perform("account", work, run=run, detail=lambda said: said)
 
 
 @task(name="operate", tags=["fedmat"])
@@ -139,6 +155,7 @@ def federate(
         run, order = call(operate, run, fresh, token, deadline_s)
         rename(f"{name}/{run.folder.name}")
         metrics = files.read_json(run.folder / METRICS)
+    call(account, run, ask=project is None)
     page = call(report, run)
     table(key(name, "benefit"), _benefit(metrics), f"{name}: {metrics['task']['metric']} in {metrics['task']['metric_unit']}")
     return {

@@ -13,7 +13,7 @@ from fedmat.pipeline import METRICS, Run
 from flows.shared import call, flow, key, markdown, may_pass, perform, reference, run_name, task
 
 if TYPE_CHECKING:
-    from fedmat.lineage import Registered
+    from fedmat.registry import Registered
 
 
 # Retried: MLflow's store may be locked by another writer, or its server restarting. Registering twice is registering

@@ -132,10 +132,10 @@ def ui(
     Raises:
         ServiceError: a port is in use (the message names it and the option), or a server does not start or ends.
     """
-    from fedmat import lineage
+    from fedmat import registry
 
     workspace = Path(home).resolve()
-    store = tracking_uri or lineage.registry_uri(Path.cwd())
+    store = tracking_uri or registry.registry_uri(Path.cwd())
     take_port(prefect_port, "--prefect-port", host)  # refuse before anything starts
     take_port(mlflow_port, "--mlflow-port", host)
     children: list[Child] = []

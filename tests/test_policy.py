@@ -202,6 +202,7 @@ FREE = {
     "title", "description", "task.name", "task.metric", "task.unit",  # words
     "task.transform", "task.kind", "task.threshold", "task.law", "auxiliary", "model",  # what is computed from accepted fields
     "admission", "members.file", "members.organisation", "members.transport", "reference", "charter",  # judged elsewhere
+    "terms",  # every member signs them with the charter
     "plan.average_last", "plan.server", "plan.site_weights", "plan.max_weight_share", "plan.seed",  # what the coordinator does
     "plan.interval_level", "plan.site_momentum", "plan.personalization", "plan.local", "plan.schedule",  # how it is trained
     "plan.deadline_s", "plan.isolation",  # how it is delivered
@@ -235,7 +236,7 @@ def test_a_new_setting_in_a_section_that_is_free_as_a_whole_is_noticed() -> None
     found = {f: sum(leaf.startswith(f"{f}.") for leaf in every) for f in FREE}
     assert {f: n for f, n in found.items() if n} == {
         "admission": 2, "auxiliary": 9, "model": 9, "plan.server": 5, "plan.personalization": 6, "plan.local": 9, "plan.schedule": 5,
-        "plan.compression": 5, "plan.security": 8, "plan.privacy": 5, "plan.contribution": 7,
+        "plan.compression": 5, "plan.security": 8, "plan.privacy": 5, "plan.contribution": 7, "terms": 11,
     }  # fmt: skip
 
 
@@ -451,6 +452,7 @@ def test_a_draft_releases_all_that_a_run_asks_for_and_nothing_that_it_does_not(
     model, plan = coordinator.model(), Plan.of(config)
     baselines.own_models(engine, plan, model, config.roster, ["finetuned"])
     baselines.score(engine, plan, baselines.Arm("federated", model.weights, model.scaler), config.roster)
+    also = also | {"Statements"}  # asked for when all is done, of sites with keys of their own
     assert left | also == set(kinds_asked(config)) == set(policy.outbound.kinds)
 
 

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fedmat import lineage, serving, wire
+from fedmat import registry as models
+from fedmat import serving, wire
 from fedmat.config import FeatureSpec, Task
 from fedmat.data.contract import record_type
 from fedmat.data.example import example
@@ -200,7 +201,7 @@ def test_the_inverse_transform_undoes_the_task() -> None:
 def test_a_registered_model_predicts_in_a_plain_process(folder: Path, project: Path, tmp_path: Path) -> None:
     """Loads by alias, in another folder, with nothing but MLflow's own API, and no pickle in what was stored."""
     store = f"sqlite:///{tmp_path}/mlruns/mlflow.db"
-    done = lineage.register(folder, tracking_uri=store)
+    done = models.register(folder, tracking_uri=store)
     script = """
 import json, sys
 import mlflow, pandas as pd

@@ -329,6 +329,7 @@ class Coordinator:
             evidence=found.evidence,
             contribution=found.contribution,
             role_bytes=found.parties,
+            updates={d.site: d.sha256 for d in found.deliveries if d.site in answers},
         )
 
     def _need_quorum(

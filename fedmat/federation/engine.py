@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
-from fedmat import envelopes, wire
+from fedmat import envelopes, files, wire
 from fedmat.domain import (
     Answer,
     Attestation,
@@ -40,6 +40,8 @@ from fedmat.domain import (
     RemoveRequest,
     Request,
     Sealed,
+    Statements,
+    StatementsRequest,
     Statistics,
     StatisticsRequest,
     TrainRequest,
@@ -62,6 +64,7 @@ _EXPECTED: dict[type, Any] = {
     EvaluateRequest: Evaluation,
     CalibrateRequest: Calibration,
     MomentsRequest: envelopes.SealedMoments,
+    StatementsRequest: Statements,
     ReferenceRequest: envelopes.PublicMap,
     **{
         getattr(envelopes, f"{asked}Request"): getattr(envelopes, given)
@@ -274,4 +277,4 @@ def _delivery(site: str, request: bytes, reply: bytes | Failure, seconds: float,
         message: Answer | Rejection = wire.decode(reply, expected)
     except WireError as error:
         message = Rejection(site, "malformed", error.what)
-    return Delivery(site, message, len(request), len(reply), seconds)
+    return Delivery(site, message, len(request), len(reply), seconds, files.sha256(reply))

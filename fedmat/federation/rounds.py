@@ -221,9 +221,13 @@ class Asking:
 
     def totals(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
         """Returns one delivery per site with everything it sent and received in this round."""
-        found = {d.site: d.answer for d in deliveries}
-        none = {s: Dropout(s, "unreachable", "took no part to the end") for s in self.sites}
-        return [Delivery(s, found.get(s, none[s]), self.bytes_down[s], self.bytes_up[s], self.seconds[s]) for s in self.sites]
+        found = {d.site: d for d in deliveries}
+        out = []
+        for s in self.sites:
+            last = found.get(s) or Delivery(s, Dropout(s, "unreachable", "took no part to the end"), 0, 0, 0.0)
+            down, up = self.bytes_down[s], self.bytes_up[s]
+            out.append(dataclasses.replace(last, bytes_down=down, bytes_up=up, seconds=self.seconds[s]))
+        return out
 
 
 def compressor(plan: Plan, like: Weights, number: int, model_sha256: str) -> Compressor:

@@ -7,7 +7,8 @@ and moments without noise; what a site computes of its rows is in ``fedmat.feder
    projected to ``dims`` numbers by a public random matrix), takes second moments of its training and of its validation
    rows, adds Gaussian noise, seals both to the Auditor and signs.
 2. The Auditor opens the seals, retrains the last layer for every coalition (``contribution.head_shapley``) and signs the shares.
-   It gives shares, never moments, once per model.
+   It gives shares, never moments, once per model. Sites of one organisation, as the charter has it, are one player: their moments are
+   added, which gives what one site with all their rows would get, and the share is divided by rows.
 
 What a hostile site can do. Its *training* moments: within the bounds and the number of rows it attested it can state any,
 also such as look like everyone's validation rows; nothing proves that moments come from records. Its *validation* moments: it
@@ -31,6 +32,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 import numpy as np
@@ -39,7 +41,7 @@ from fedmat import contribution, files, wire
 from fedmat.contribution import Bounds, Matrix, Moments
 from fedmat.domain import Dropout, GlobalModel, MomentsRequest, Rejection
 from fedmat.envelopes import RoleName, SealedMoments, Settlement, SettleRequest
-from fedmat.errors import NotEvidenced, PlanRefused, ProtocolError, RoundFailed, StateError, WireError
+from fedmat.errors import PlanRefused, ProtocolError, RoundFailed, StateError, WireError
 from fedmat.federation.engine import Engine
 from fedmat.federation.plan import MIN_SITES, Plan
 from fedmat.federation.rounds import Replay
@@ -52,8 +54,9 @@ from fedmat.weights import Vector
 
 AUDITOR: RoleName = "auditor"
 FILE = "settlement.json"
-CREDITS = 1000
+CREDITS = 1000  # shown beside the shares; what the ledger mints follows the charter's terms
 BOUNDS = Bounds(phi=math.sqrt(2.0), y=3.0)  # a projected row of norm 1 and the constant; three standard deviations
+ROWS_SHARE = 0.3  # of a site's rows; chosen by measurement: docs/shapley-benchmark.md
 LEAST_ROWS = 5  # validation rows below which a site's part of the examination is left out
 _EXCHANGE, _ASKED = "settlement", "asked.json"  # in the run's folder: what was asked and answered so far
 _SIGMAS = 8.0  # noise passes so many standard deviations never: what lies beyond is no moment of rows within the bounds
@@ -190,8 +193,16 @@ class Settling:
                 "too_few",
                 f"good moments of {len(opened)} sites, at least {MIN_SITES} are settled together ({_listed(excluded)})",
             )
+        owners = players(self._charter, tuple(opened))
+        if len(owners) < MIN_SITES:
+            raise ProtocolError(
+                "too_few",
+                f"{len(opened)} sites with good moments belong to {len(owners)} organisations, at least {MIN_SITES} are settled together",
+            )
         train, held_out = zip(*opened.values(), strict=True)
-        shares, errors, gain = settle_moments(self._plan, train, held_out, request.model_sha256)
+        groups = [[list(opened).index(s) for s in owner] for owner in owners]
+        rows = [request.rows[s] for s in opened]
+        shares, errors, gain = settle_moments(self._plan, train, held_out, request.model_sha256, groups, rows)
         message = Settlement(AUDITOR, tuple(opened), excluded, shares, errors, gain, files.sha256(data), blob(b""))
         return dataclasses.replace(message, signature=blob(self._keys.sign(_settled_text(self._plan, request.run, message))))
 
@@ -210,40 +221,79 @@ class Settling:
         return train, held_out
 
 
+def players(charter: Charter, sites: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Returns the sites that the charter gives one organisation, together, in the order of each one's first site.
+
+    They are one player of a settlement: an organisation gains nothing by taking part under several names.
+    """
+    organisation = {p.name: p.organisation for p in charter.parties}
+    found: dict[str, list[str]] = {}
+    for site in sites:
+        found.setdefault(organisation[site], []).append(site)
+    return tuple(tuple(group) for group in found.values())
+
+
 def settle_moments(
-    plan: Plan, parts: Sequence[Moments], held_out: Sequence[Moments], model_sha256: str
+    plan: Plan,
+    parts: Sequence[Moments],
+    held_out: Sequence[Moments],
+    model_sha256: str,
+    owners: Sequence[Sequence[int]] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> tuple[Vector, Vector, float]:
     """Returns shares, their standard errors (both shape ``n``) and the gain of all together, which the shares sum to.
 
     An error says what the sites' noise alone does to a share, found by adding more of it (half as much, so that all coalitions keep
-    a solution); for more than ``contribution.MOST_RETRAINED`` sites also what sampled orders of arrival do.
+    a solution); for more than ``contribution.MOST_RETRAINED`` players also what sampled orders of arrival do.
+
+    Args:
+        owners: groups of sites that are one player, with one part of the examination and a share divided by rows; each site its
+            own player without.
+        rows: training rows that the sites attested; those of ``parts`` without.
 
     Raises:
-        ProtocolError: bad_moments: no site has enough held-out rows.
+        ProtocolError: bad_moments: no player has enough held-out rows, or the groups are not groups of these sites.
         PlanRefused: the ridge is too small for the noise.
     """
-    n, ridge = len(parts), penalty(plan, len(parts))
+    groups = contribution.grouped(owners or [[i] for i in range(len(parts))], len(parts))
+    stated = rows or [m.n for m in parts]
+    ridge = penalty(plan, len(parts), [sum(stated[i] for i in group) for group in groups])
 
-    def shares(train: Sequence[Moments], exam: Moments) -> tuple[Vector, Vector]:
-        if n <= contribution.MOST_RETRAINED:
-            return contribution.head_shapley(train, exam, ridge), np.zeros(n)
+    def merged(given: Sequence[Moments]) -> list[Moments]:
+        return [contribution.together([given[i] for i in group]) for group in groups]
+
+    def shares(train: Sequence[Moments], tested: Sequence[Moments]) -> tuple[Vector, Vector]:
+        exam = _examination(merged(tested))
+        if len(groups) <= contribution.MOST_RETRAINED:
+            return contribution.head_shapley(merged(train), exam, ridge), np.zeros(len(groups))
         rng = stream(plan.settings.seed, "settlement-orders", model_sha256)
-        found = contribution.head_shapley_sampled(train, exam, ridge, rng=rng, permutations=_PERMUTATIONS)
+        found = contribution.head_shapley_sampled(merged(train), exam, ridge, rng=rng, permutations=_PERMUTATIONS)
         return found.values, found.errors
 
-    values, sampling = shares(parts, _examination(held_out))
+    values, sampling = shares(parts, held_out)
     # made from noisy moments only, so it tells nothing that they do not; public numbers, so that it can be done again
     rng = stream(plan.settings.seed, "settlement-errors", model_sha256)
-    again = [shares([_more(plan, m, rng) for m in parts], _examination([_more(plan, m, rng) for m in held_out]))[0]
-             for _ in range(_REDRAWS)]  # fmt: skip
+    again = [
+        shares([_more(plan, m, rng) for m in parts], [_more(plan, m, rng) for m in held_out])[0] for _ in range(_REDRAWS)
+    ]  # fmt: skip
     noise = 2.0 * np.std(again, axis=0, ddof=1)
-    return values, np.sqrt(np.square(noise) + np.square(sampling)), math.fsum(values)
+    errors, counts = np.sqrt(np.square(noise) + np.square(sampling)), [m.n for m in parts]
+    return contribution.dealt(values, counts, groups), contribution.dealt(errors, counts, groups), math.fsum(values)
 
 
-def penalty(plan: Plan, n: int) -> float:
-    """Returns the ridge of a settlement of ``n`` sites: public, ``contribution.ridge`` times what covers the noise of all sites."""
+def penalty(plan: Plan, sites: int, rows: Sequence[int]) -> float:
+    """Returns the ridge of a settlement: ``contribution.ridge`` times what covers the noise of all sites and a share of a player's rows.
+
+    The second part keeps the layer of few players from extrapolating to everyone else's materials. It follows the median, so that
+    nobody moves it far by what it states.
+
+    Args:
+        sites: how many there are: each adds noise of its own, whoever owns it.
+        rows: training rows of every player.
+    """
     spec = plan.settings.contribution
-    return spec.ridge * BOUNDS.phi**2 * (1.0 + 2.0 * _sigma(plan) * math.sqrt((spec.settle_dims + 1) * n))
+    cover = BOUNDS.phi**2 * (1.0 + 2.0 * _sigma(plan) * math.sqrt((spec.settle_dims + 1) * sites))
+    return spec.ridge * (cover + ROWS_SHARE * median(rows))
 
 
 def _examination(held_out: Sequence[Moments]) -> Moments:
@@ -363,7 +413,7 @@ def settle(
         or not np.isfinite([*answer.shares, *answer.errors]).all()
     ):
         raise ProtocolError("bad_settlement", "the Auditor's shares are not one finite number per site")
-    result = _told(plan, answer, run, model_sha256, charter, missing)
+    result = _told(plan, answer, run, model_sha256, charter, missing, rows)
     verify(result, plan, charter, asked.today)
     files.write_json(path, result)
     replay.forget()
@@ -394,27 +444,29 @@ def verify(told: Mapping[str, Any], plan: Plan, charter: Charter, today: str) ->
         run = str(told["run"])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ProtocolError("bad_settlement", "a settlement lacks a field, or has a wrong one") from None
+    if [list(g) for g in told.get("one_player", [])] != _shared(charter, sites):
+        raise ProtocolError("bad_settlement", "other sites are taken as one player than have one organisation in the charter")
     charter.verify(AUDITOR, signature, _settled_text(plan, run, message), today)
 
 
-def credited(shares: Sequence[float], errors: Sequence[float]) -> tuple[int | None, ...]:
-    """Returns whole credits out of ``CREDITS``; None for everyone where noise alone could have made the shares.
-
-    That is: where the gain is below two standard errors, the errors of shares taken as independent, or no share is positive.
-    """
-    try:
-        if math.fsum(shares) < 2.0 * math.hypot(*errors):
-            raise NotEvidenced("the gain is within what noise makes")
-        return contribution.credits(shares, CREDITS)
-    except NotEvidenced:  # no reason for equal credits either
-        return (None,) * len(shares)
+def _shared(charter: Charter, sites: Sequence[str]) -> list[list[str]]:
+    """Returns the players of more than one site, for ``settlement.json``."""
+    return [list(group) for group in players(charter, sites) if len(group) > 1]
 
 
 def _told(
-    plan: Plan, answer: Settlement, run: str, model_sha256: str, charter: Charter, missing: Mapping[str, str]
+    plan: Plan,
+    answer: Settlement,
+    run: str,
+    model_sha256: str,
+    charter: Charter,
+    missing: Mapping[str, str],
+    rows: Mapping[str, int],
 ) -> dict[str, Any]:
     spec, shares = plan.settings.contribution, [float(v) for v in answer.shares]
-    given = credited(shares, [float(e) for e in answer.errors])
+    owners = _shared(charter, answer.sites)
+    errors = [float(e) for e in answer.errors]
+    given = contribution.credited(shares, errors, CREDITS, [[answer.sites.index(s) for s in g] for g in owners])
     return {
         "schema": "fedmat/settlement/1",
         "plan_sha256": plan.sha256,
@@ -424,11 +476,12 @@ def _told(
                   for s, v, e, c in zip(answer.sites, shares, answer.errors, given, strict=True)},
         "excluded": answer.excluded,
         "missing": dict(missing),
+        **({"one_player": owners} if owners else {}),
         "held_out_gain": float(answer.held_out_gain),
         "epsilon": spec.settle_epsilon,
         "delta": spec.settle_delta,
         "dims": spec.settle_dims,
-        "ridge": penalty(plan, len(shares)),
+        "ridge": penalty(plan, len(shares), [sum(rows[s] for s in group) for group in players(charter, answer.sites)]),
         "auditor": {
             "request_sha256": answer.request_sha256,
             "charter_sha256": charter.sha256,

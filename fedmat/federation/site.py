@@ -4,7 +4,8 @@ Knows: one site's feature table, and how to answer each kind of request. What le
 attestations (digests and counts), sums over training rows, weight changes (in a plan that encrypts: masked by pads that only
 the roles of the charter can take off), sums over held-out rows, counts of errors by size, for quantile scaling counts of
 feature values by size, in an encrypted round a signed finding about what was opened of the site's own update, and once per
-plan, if the release is settled, second moments of rows with noise on them, sealed to the Auditor.
+plan, if the release is settled, second moments of rows with noise on them, sealed to the Auditor; after a run, signed digests and
+counts for the ledger (``fedmat.federation.statements``), and the list of all that left.
 Refuses to know: other sites, the coordinator, how messages are delivered.
 """
 
@@ -51,6 +52,7 @@ from fedmat.domain import (
     Request,
     Scaler,
     SiteModel,
+    StatementsRequest,
     Statistics,
     StatisticsRequest,
     TrainRequest,
@@ -68,11 +70,12 @@ from fedmat.envelopes import (
 )
 from fedmat.errors import PlanRefused, SiteRefused, StateError
 from fedmat.features.table import TEST, TRAIN, VALIDATION, FeatureTable
-from fedmat.federation import rounds, settlement
+from fedmat.federation import rounds, settlement, statements
 from fedmat.federation.evaluation import evaluate, residual_sums
 from fedmat.federation.holding import Held, Identity, Sealing
 from fedmat.federation.plan import Plan
 from fedmat.federation.scaling import column_sums, own_scaler, rank_counts
+from fedmat.federation.statements import Signing
 from fedmat.models.hidden import last_hidden
 from fedmat.models.laws import temperature_columns
 from fedmat.models.network import Architecture
@@ -128,6 +131,7 @@ class SiteWorker:
         folder: the site's workspace; training state is kept in ``state/``.
         keys: of the table's records, where the plan looks for duplicates.
         identity: the site's private keys and the charter, where the plan encrypts rounds.
+        signing: signs what the site states for the ledger; without it, it states nothing there.
     """
 
     def __init__(
@@ -139,8 +143,10 @@ class SiteWorker:
         folder: Path,
         keys: MatchingKeys | None = None,
         identity: Identity | None = None,
+        signing: Signing | None = None,
     ) -> None:
         self.site, self.plan, self.folder = site, plan, folder
+        self._signing = signing
         self._identity = identity
         self._sealing = Sealing(plan, identity, self._state(), site) if identity else None
         self._manifest, self._whole, self._keys = manifest, table, keys
@@ -208,6 +214,10 @@ class SiteWorker:
             return self._moments(request, data)
         if isinstance(request, EvaluateRequest):
             return self._evaluate(request)
+        if isinstance(request, StatementsRequest):
+            if self._signing is None:
+                raise SiteRefused(f"site {self.site}: has no keys to sign for the ledger", fix="make them with fedmat keys new")
+            return statements.answer(request, self._attest(), self._manifest, self.folder, self._signing)
         raise PlanRefused(f"site {self.site}: a site is not asked {type(request).__name__}")
 
     def _offer(self) -> Offer:

@@ -16,7 +16,7 @@ import pytest
 import small
 from typer.testing import CliRunner
 
-from fedmat import files, pipeline, wire
+from fedmat import contribution, files, pipeline, wire
 from fedmat import keys as keyring
 from fedmat.cli import app
 from fedmat.contribution import Moments, moments
@@ -188,9 +188,9 @@ def test_the_ridge_covers_the_noise_at_the_default_budget() -> None:
 
 
 def test_shares_that_noise_could_have_made_earn_no_credits() -> None:
-    assert settlement.credited([0.3, 0.1, 0.0], [0.01, 0.01, 0.01]) == (750, 250, 0)
-    assert settlement.credited([0.3, 0.1, 0.0], [0.2, 0.2, 0.2]) == (None, None, None)
-    assert settlement.credited([-0.3, -0.1, 0.0], [0.0, 0.0, 0.0]) == (None, None, None)
+    assert contribution.credited([0.3, 0.1, 0.0], [0.01, 0.01, 0.01], settlement.CREDITS) == (750, 250, 0)
+    assert contribution.credited([0.3, 0.1, 0.0], [0.2, 0.2, 0.2], settlement.CREDITS) == (None, None, None)
+    assert contribution.credited([-0.3, -0.1, 0.0], [0.0, 0.0, 0.0], settlement.CREDITS) == (None, None, None)
 
 
 # --- who can open what -------------------------------------------------------------------------------------------------
@@ -437,3 +437,72 @@ def test_the_command_settles_the_latest_run_of_a_consortium(tmp_path: Path, monk
     assert set(found["sites"]) == set(companies) and found["epsilon"] == 50.0
     assert json.loads(CliRunner().invoke(app, words).stdout) == found
     assert "forge" in CliRunner().invoke(app, words[:-1]).stdout
+
+
+# --- one organisation, several sites -----------------------------------------------------------------------------------
+
+
+def owned(**organisations: str) -> Any:
+    """The consortium with other owners of some sites; a plan does not name organisations, so the run stays the same."""
+    members = [m.model_copy(update={"organisation": organisations.get(m.site, m.organisation)}) for m in CONFIG.members]
+    return CONFIG.model_copy(update={"members": tuple(members)})
+
+
+def settled_by(settings: Any, folder: Path, model: GlobalModel) -> Any:
+    engine = InProcessEngine(consortium.handlers(settings, folder, data=tables()))
+    charter = consortium.charter(settings, folder)
+    assert charter is not None
+    return settlement.settle(
+        engine, PLAN, charter, model, rows(folder), nonce(folder), consortium.TODAY, folder / "run"
+    ), charter
+
+
+def test_sites_of_one_organisation_are_one_player(run: Path, trained: tuple[Path, GlobalModel]) -> None:
+    found, charter = settled_by(owned(gorse="Ash"), run, trained[1])
+    assert found["one_player"] == [["ash", "gorse"]]
+    ash, gorse = (found["sites"][s] for s in ("ash", "gorse"))
+    # gorse's labels are shuffled, and yet it gets as much a row as ash: the two are one
+    assert gorse["share"] / rows(run)["gorse"] == pytest.approx(ash["share"] / rows(run)["ash"])
+    assert sum(row["share"] for row in found["sites"].values()) == pytest.approx(found["held_out_gain"], abs=1e-12)
+    settlement.verify(found, PLAN, charter, consortium.TODAY)
+    for wrong in ([["ash", "birch"]], []):
+        with pytest.raises(ProtocolError, match="one player"):
+            settlement.verify({**found, "one_player": wrong}, PLAN, charter, consortium.TODAY)
+
+
+def test_sites_of_fewer_than_five_organisations_are_not_settled(run: Path, trained: tuple[Path, GlobalModel]) -> None:
+    with pytest.raises(RoundFailed, match="4 organisations"):
+        settled_by(owned(birch="Ash", elm="Ash", gorse="Ash"), run, trained[1])
+
+
+def test_an_organisation_that_divides_its_rows_gains_nothing_but_a_draw_of_noise() -> None:
+    """Without noise nothing at all: its player, its part of the examination and the ridge's part of rows are those of one site."""
+    data = [linear(i, 400) for i in range(6)]
+    whole = [moments(*d) for d in data]
+    plain = settlement.settle_moments(PLAN, whole, whole, "m")[0]
+    phi, y = data[5]
+    pieces = [*whole[:5], moments(phi[:100], y[:100]), moments(phi[100:], y[100:])]
+    owners = [[0], [1], [2], [3], [4], [5, 6]]
+    found = settlement.settle_moments(PLAN, pieces, pieces, "m", owners)[0]
+    # the ridge still covers seven sites' noise instead of six: with hardly any noise, hardly a difference
+    assert found[:5] == pytest.approx(plain[:5], rel=2e-3)
+    assert found[5:].sum() == pytest.approx(plain[5], rel=2e-3)
+    apart = settlement.settle_moments(PLAN, pieces, pieces, "m")[0]
+    assert (
+        apart[5:].sum() > 1.1 * plain[5]
+    )  # as two players it would gain: they take two parts of seven in the examination and the game
+
+
+def test_the_ridge_follows_the_median_of_what_players_state() -> None:
+    plan, few = PLAN, [100, 100, 100, 100, 100]
+    assert settlement.penalty(plan, 5, [*few[:4], 10**9]) == settlement.penalty(plan, 5, few)
+    more = settlement.penalty(plan, 5, [200] * 5) - settlement.penalty(plan, 5, few)
+    assert more == pytest.approx(100 * settlement.ROWS_SHARE)
+    doubled = Plan.of(config(contribution={**QUIET, "ridge": 2.0}))
+    assert settlement.penalty(doubled, 5, few) == pytest.approx(2 * settlement.penalty(plan, 5, few))
+
+
+def test_errors_of_one_players_sites_are_parts_of_one_error() -> None:
+    """Two halves of an error of 0.2 count as 0.2 and not as 0.14."""
+    assert settlement.credited([0.2, 0.1, 0.1], [0.0, 0.1, 0.11]) != (None,) * 3
+    assert settlement.credited([0.2, 0.1, 0.1], [0.0, 0.1, 0.11], [[1, 2]]) == (None,) * 3

@@ -29,7 +29,7 @@ from fedmat.domain import Dropout, RoundReport
 from fedmat.errors import FedmatError, PolicyRefused, ProtocolError, RoundFailed, ServiceError, StateError
 from fedmat.federation.engine import Failure, InProcessEngine
 from fedmat.federation.flare import System
-from fedmat.lineage import Registered
+from fedmat.registry import Registered
 from fedmat.party import Party
 from flows import operate, run_all
 from flows.operate import Note, Patience, error_of, follow, place

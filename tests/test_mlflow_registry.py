@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import runs
 
-from fedmat import files, lineage, wire
+from fedmat import files, registry, wire
 from fedmat.data.contract import RECORD_TYPES
 from fedmat.data.example import example
 from fedmat.data.validation import coerce
@@ -50,21 +50,21 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def test_the_environment_decides_where_the_registry_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lineage.registry_uri(tmp_path) == f"sqlite:///{tmp_path.resolve()}/mlruns/mlflow.db"
+    assert registry.registry_uri(tmp_path) == f"sqlite:///{tmp_path.resolve()}/mlruns/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
-    assert lineage.registry_uri(tmp_path) == "http://localhost:5000"
+    assert registry.registry_uri(tmp_path) == "http://localhost:5000"
 
 
 def test_listing_an_empty_place_creates_nothing(tmp_path: Path) -> None:
-    assert lineage.models(f"sqlite:///{tmp_path}/none/mlflow.db") == []
+    assert registry.models(f"sqlite:///{tmp_path}/none/mlflow.db") == []
     assert not (tmp_path / "none").exists()
 
 
 def test_a_first_model_is_champion_and_says_why(store: str, client: Any, task: dict[str, object], tmp_path: Path) -> None:
-    done = lineage.register(runs.build(tmp_path / "home", task=task), tracking_uri=store)
+    done = registry.register(runs.build(tmp_path / "home", task=task), tracking_uri=store)
     assert (done.name, done.version, done.aliases) == (f"fedmat-{task['name']}", 1, ("challenger", "champion"))
     assert "none before" in done.reason and done.tracking_uri == store
-    listed = [m for m in lineage.models(store) if m["name"] == done.name]
+    listed = [m for m in registry.models(store) if m["name"] == done.name]
     assert len(listed) == 1 and listed[0]["sha256"] == done.sha256 and listed[0]["aliases"] == ["challenger", "champion"]
     assert json.loads(json.dumps(listed)) == listed
 
@@ -73,9 +73,9 @@ def test_registering_the_same_model_again_changes_nothing(
     store: str, client: Any, task: dict[str, object], tmp_path: Path
 ) -> None:
     folder = runs.build(tmp_path / "home", task=task)
-    first = lineage.register(folder, tracking_uri=store)
+    first = registry.register(folder, tracking_uri=store)
     client.delete_registered_model_alias(first.name, "champion")  # a person withdrew it: a repeat must not bring it back
-    second = lineage.register(folder, tracking_uri=store)
+    second = registry.register(folder, tracking_uri=store)
     assert (second.version, second.run_id, second.sha256) == (first.version, first.run_id, first.sha256)
     assert second.aliases == ("challenger",)
     assert len(_runs(client, first.sha256)) == 1
@@ -86,7 +86,7 @@ def test_the_version_carries_the_digests_an_auditor_compares(
 ) -> None:
     folder = runs.build(tmp_path / "home", task=task)
     metrics, plan = files.read_json(folder / "metrics.json"), files.read_json(folder / "plan.json")
-    done = lineage.register(folder, tracking_uri=store)
+    done = registry.register(folder, tracking_uri=store)
     version = client.get_model_version(done.name, str(done.version))
     assert version.tags["fedmat.model_sha256"] == files.sha256_file(folder / "model.safetensors")
     assert version.tags["fedmat.plan_sha256"] == metrics["plan_sha256"]
@@ -105,7 +105,7 @@ def test_the_version_carries_the_digests_an_auditor_compares(
 
 
 def test_every_round_is_a_step_of_every_sites_curve(store: str, client: Any, task: dict[str, object], tmp_path: Path) -> None:
-    done = lineage.register(runs.build(tmp_path / "home", task=task, rounds=7), tracking_uri=store)
+    done = registry.register(runs.build(tmp_path / "home", task=task, rounds=7), tracking_uri=store)
     steps = [m.step for m in client.get_metric_history(done.run_id, "lisicon-ltd/train_loss")]
     assert steps == [1, 2, 3, 4, 5, 6, 7]
     late = [m.step for m in client.get_metric_history(done.run_id, "argyrodite-ag/train_loss")]
@@ -117,8 +117,8 @@ def test_only_a_better_score_on_the_same_test_rows_dethrones(
     store: str, client: Any, task: dict[str, object], tmp_path: Path, scale: float, champion: int
 ) -> None:
     task = {**task, "name": f"duel-{int(scale * 10)}"}
-    lineage.register(runs.build(tmp_path / "a", task=task), tracking_uri=store)
-    rival = lineage.register(runs.build(tmp_path / "b", task=task, weights_seed=2, scale=scale), tracking_uri=store)
+    registry.register(runs.build(tmp_path / "a", task=task), tracking_uri=store)
+    rival = registry.register(runs.build(tmp_path / "b", task=task, weights_seed=2, scale=scale), tracking_uri=store)
     assert rival.version == 2 and "challenger" in rival.aliases
     assert int(client.get_model_version_by_alias(rival.name, "champion").version) == champion
     assert rival.reason.startswith("champion" if champion == 2 else "challenger") and "version 1" in rival.reason
@@ -127,15 +127,15 @@ def test_only_a_better_score_on_the_same_test_rows_dethrones(
 def test_a_better_score_on_other_test_rows_proves_nothing(
     store: str, client: Any, task: dict[str, object], tmp_path: Path
 ) -> None:
-    lineage.register(runs.build(tmp_path / "a", task=task), tracking_uri=store)
-    other = lineage.register(runs.build(tmp_path / "b", task=task, seed=2, weights_seed=2, scale=0.1), tracking_uri=store)
+    registry.register(runs.build(tmp_path / "a", task=task), tracking_uri=store)
+    other = registry.register(runs.build(tmp_path / "b", task=task, seed=2, weights_seed=2, scale=0.1), tracking_uri=store)
     assert other.aliases == ("challenger",) and "another test set" in other.reason
     assert client.get_model_version(other.name, "2").tags["fedmat.decision"] == other.reason
 
 
 def test_a_binary_task_is_won_by_the_higher_auc(store: str, client: Any, tmp_path: Path) -> None:
-    lineage.register(runs.build(tmp_path / "a", task=runs.SUPERIONIC, scale=4.0), tracking_uri=store)
-    rival = lineage.register(runs.build(tmp_path / "b", task=runs.SUPERIONIC, weights_seed=2, scale=0.5), tracking_uri=store)
+    registry.register(runs.build(tmp_path / "a", task=runs.SUPERIONIC, scale=4.0), tracking_uri=store)
+    rival = registry.register(runs.build(tmp_path / "b", task=runs.SUPERIONIC, weights_seed=2, scale=0.5), tracking_uri=store)
     assert rival.aliases == ("challenger", "champion")
 
 
@@ -148,14 +148,14 @@ def test_an_interrupted_registration_is_taken_up(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(lineage, "_save", pulled_plug)
+        patch.setattr(registry, "_save", pulled_plug)
         with pytest.raises(KeyboardInterrupt):
-            lineage.register(folder, tracking_uri=store)
+            registry.register(folder, tracking_uri=store)
     with monkeypatch.context() as patch:
-        patch.setattr(lineage, "_decide", pulled_plug)
+        patch.setattr(registry, "_decide", pulled_plug)
         with pytest.raises(KeyboardInterrupt):
-            lineage.register(folder, tracking_uri=store)
-    done = lineage.register(folder, tracking_uri=store)
+            registry.register(folder, tracking_uri=store)
+    done = registry.register(folder, tracking_uri=store)
     assert done.version == 1 and done.aliases == ("challenger", "champion")
     assert len(_runs(client, done.sha256)) == 1
 
@@ -164,22 +164,22 @@ def test_a_registered_model_is_found_by_name_alias_and_version_and_checked(
     store: str, client: Any, task: dict[str, object], tmp_path: Path
 ) -> None:
     folder = runs.build(tmp_path / "home", task=task)
-    done = lineage.register(folder, tracking_uri=store)
+    done = registry.register(folder, tracking_uri=store)
     mine = wire.load_model(folder / "model.safetensors")
     for reference in (done.name, f"{done.name}@challenger", f"models:/{done.name}/1"):
-        assert wire.digest(lineage.load(reference, store)) == wire.digest(mine)
+        assert wire.digest(registry.load(reference, store)) == wire.digest(mine)
     for reference, said in (
         (done.name[:-1], "did you mean"),
         (f"{done.name}@audited", "audited"),
         (f"{done.name}/7", "version 7"),
     ):
         with pytest.raises(ConfigError, match=said):
-            lineage.load(reference, store)
+            registry.load(reference, store)
     source = str(client.get_model_version(done.name, "1").source).removeprefix("file://")
     stored = next(Path(source).rglob("model.safetensors"))
     stored.write_bytes(stored.read_bytes() + b"x")
     with pytest.raises(StateError, match="not the ones that were registered"):
-        lineage.load(done.name, store)
+        registry.load(done.name, store)
 
 
 def test_the_test_set_digest_knows_data_counts_split_and_task(tmp_path: Path) -> None:
@@ -199,22 +199,22 @@ def test_an_unfinished_run_is_not_registered(store: str, tmp_path: Path, name: s
     folder = runs.build(tmp_path)
     (folder / name).unlink()
     with pytest.raises(NotEvidenced, match=name):
-        lineage.register(folder, tracking_uri=store)
+        registry.register(folder, tracking_uri=store)
 
 
 def test_files_that_disagree_are_not_registered(store: str, tmp_path: Path) -> None:
     folder = runs.build(tmp_path)
     runs.edit(folder / "plan.json", consortium="another")
     with pytest.raises(StateError, match=r"plan\.json"):
-        lineage.register(folder, tracking_uri=store)
+        registry.register(folder, tracking_uri=store)
 
 
 def test_an_unreachable_store_is_a_service_error_without_its_password(tmp_path: Path) -> None:
     folder = runs.build(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(ServiceError, match="MLflow at"):
-        lineage.register(folder, tracking_uri=f"sqlite:///{tmp_path}/file/mlflow.db")
-    assert "secret" not in lineage._without_password("postgresql://me:secret@host/db")
+        registry.register(folder, tracking_uri=f"sqlite:///{tmp_path}/file/mlflow.db")
+    assert "secret" not in registry._without_password("postgresql://me:secret@host/db")
 
 
 @pytest.mark.parametrize("name", sorted(RECORD_TYPES))
