@@ -103,8 +103,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Signed:
-    """Who signed an entry, and its digest."""
+    """Which entry it is, its digest, and whose signatures it carries.
 
+    Attributes:
+        sha256: of the payload.
+    """
+
+    type: str
+    by: str
+    time: str
     sha256: str
     signers: tuple[str, ...]
 
@@ -199,7 +206,7 @@ def _apply(raw: Sequence[bytes], checks: list[Check]) -> tuple[Fold, str, list[P
             break
         if isinstance(entry, CharterEntry):
             charters.append(Placed(index, entry))
-        signed.append(_signed(data, fold))
+        signed.append(_signed(data, entry, fold))
     if fold.size:
         checks.append(
             Check("entries", PROVED, LEDGER, f"{fold.size} entries hold: form, signatures, keys in force, order of times")
@@ -209,10 +216,12 @@ def _apply(raw: Sequence[bytes], checks: list[Check]) -> tuple[Fold, str, list[P
     return fold, refused, charters, signed
 
 
-def _signed(data: bytes, fold: Fold) -> Signed:
+def _signed(data: bytes, entry: Any, fold: Fold) -> Signed:
     envelope = dsse.parse(data)
     names = {dsse.key_id(bytes.fromhex(k.party.signing)): name for name, kept in fold.history.items() for k in kept}
-    return Signed(envelope.payload_sha256, tuple(sorted(names.get(k, k) for k in envelope.signers)))
+    return Signed(
+        entry.type, entry.by, entry.time, envelope.payload_sha256, tuple(sorted(names.get(k, k) for k in envelope.signers))
+    )
 
 
 def _origin(origin: str, fold: Fold, bundle: Bundle) -> Check:
@@ -247,7 +256,7 @@ def _checkpoints(
         if called != origin:
             checks.append(Check("checkpoints", REFUTED, place, f"is of {called}, the ledger is {origin}", "foreign_bundle"))
             continue
-        if not 0 < size <= fold.size and not (fold.size < size <= len(raw)) and size <= len(raw):
+        if size == 0:
             checks.append(Check("checkpoints", REFUTED, place, "says nothing about any entry", "bad_checkpoint"))
             continue
         known = min(size, fold.size)  # keys as they were there, or at the last entry that was accepted
@@ -287,6 +296,13 @@ def _checkpoints(
             vouched.append(Vouched(size, root.hex(), cosigners))
     if not told and fold.size:
         checks.append(Check("checkpoints", UNKNOWN, LEDGER, "there is no checkpoint in it", "evidence_missing"))
+    latest: dict[str, int] = {}
+    for found in vouched:
+        for name, time in found.cosigners.items():
+            if time < latest.get(name, time):
+                what = f"{name} cosigned it before a smaller one, by its own clock"
+                checks.append(Check("witnesses", REFUTED, f"checkpoint of {found.size} entries", what, "clock_backwards"))
+            latest[name] = max(time, latest.get(name, time))
     first = min(torn, default=None)
     return vouched, first[0] if first else None, first[1] if first else ""
 

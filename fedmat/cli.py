@@ -6,6 +6,7 @@ functions, and imports them only when it runs, so that ``fedmat --help`` answers
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ from fedmat.cli_data import data_app, site_app
 from fedmat.cli_keys import keys_app
 from fedmat.cli_parties import rehearse
 from fedmat.commands import DEBUG, Group, Home, Json, Store
-from fedmat.errors import ConfigError
+from fedmat.errors import ConfigError, NotEvidenced
 
 app = typer.Typer(
     cls=Group,
@@ -249,8 +250,13 @@ def settle(
     opened = pipeline.open_run(consortium, home=where, run_id=folder.name, rounds=rounds)
     with console.working("asking sites and the Auditor"):
         found = pipeline.settle(opened)
+    try:
+        entered = pipeline.account(opened, datetime.now(UTC), ask=True)
+        ledger = f"{entered.written} new entries, {console.show_path(entered.bundle)}"
+    except NotEvidenced as error:
+        ledger = f"not in a ledger: {error.what}"
     if as_json:
-        console.write_json(found)
+        console.write_json(found | {"ledger": ledger})
         return
     cells = [
         (site, f"{row['share']:.4f}", f"{row['error']:.4f}", "-" if row["credits"] is None else row["credits"])
@@ -259,7 +265,7 @@ def settle(
     console.show_rows("", ("site", "share", "error", "credits"), cells, right=("share", "error", "credits"))
     for site, why in found["missing"].items():
         console.say(f"{site} gave no sums: {why}")
-    console.show_where([("settlement", console.show_path(folder / "settlement.json"))])
+    console.show_where([("settlement", console.show_path(folder / "settlement.json")), ("ledger", ledger)])
 
 
 # --- models ------------------------------------------------------------------------------------------------------

@@ -22,9 +22,10 @@ from fedmat.commands import Group, Json
 from fedmat.errors import ConfigError, NotEvidenced, ProtocolError
 
 if TYPE_CHECKING:
-    from fedmat.governance import Departure, Examined, Standing
+    from fedmat.governance import Departure, Standing
     from fedmat.keys import Party, PartyKeys
     from fedmat.ledger.fold import Fold
+    from fedmat.ledger.whole import Examined
 
 ledger_app = typer.Typer(
     cls=Group,
@@ -80,7 +81,7 @@ def consortium_charter(
     entry = governance.charter(config, keys.read_charter(parties), own, _now())
     path = _write(out or Path("charter.proposal.json"), governance.propose(entry, keys.load(operator, own.name)))
     found = governance.standing(governance.read(path), None)
-    _tell(path, found, as_json, "every member", [("digest", f"{spoken(entry.sha256)} (compare by telephone, each with each)")])
+    _tell(path, found, as_json, [("digest", f"{spoken(entry.sha256)} (compare by telephone, each with each)")])
 
 
 @consortium_app.command("join")
@@ -103,7 +104,7 @@ def consortium_join(
     entry = governance.join(fold, own, _now(), residency=residency)
     path = _write(out or Path(f"join-{own.name}.proposal.json"), governance.propose(entry, keys.load(folder, own.name)))
     fingerprint = ("fingerprint of the keys", f"{spoken(own.sha256)} (tell the members by telephone)")
-    _tell(path, governance.standing(governance.read(path), fold), as_json, "the members", [fingerprint])
+    _tell(path, governance.standing(governance.read(path), fold), as_json, [fingerprint])
 
 
 @consortium_app.command("leave")
@@ -131,7 +132,7 @@ def consortium_leave(
     found = governance.standing(governance.read(path), fold)
     if not as_json:
         _show_departure(after)
-    _tell(path, found, as_json, "who has to sign", more={"after": asdict(after)})
+    _tell(path, found, as_json, more={"after": asdict(after)})
 
 
 @consortium_app.command("pod")
@@ -155,7 +156,7 @@ def consortium_pod(
     named = [m.strip() for m in members.split(",") if m.strip()]
     entry = _valid(lambda: governance.pod(fold, name, named, task, _now(), model_sha256=model))
     path = _write(out or Path(f"pod-{name}.proposal.json"), governance.propose(entry, _own(folder, fold)))
-    _tell(path, governance.standing(governance.read(path), fold), as_json, "its members")
+    _tell(path, governance.standing(governance.read(path), fold), as_json)
 
 
 def approve(
@@ -183,7 +184,7 @@ def approve(
     told = [("model", entry.model_sha256), ("metrics", entry.metrics_sha256)]
     told += [(about.entry.metric, f"{score:.4g}")] if about and score is not None else []
     path = _write(out or Path(f"approve-{run}-{own.name}.proposal.json"), governance.propose(entry, own))
-    _tell(path, governance.standing(governance.read(path), fold), as_json, "the operator", told)
+    _tell(path, governance.standing(governance.read(path), fold), as_json, told)
 
 
 ledger_app.command("approve")(approve)
@@ -222,7 +223,7 @@ def ledger_rotate(
     own = governance.held(folder, fold.parties[step.entry.name])
     path = _write(out or Path(f"rotate-{own.name}.proposal.json"), governance.propose(entry, own))
     told = [("new fingerprint", spoken(step.entry.sha256))]
-    _tell(path, governance.standing(governance.read(path), fold), as_json, "the operator", told)
+    _tell(path, governance.standing(governance.read(path), fold), as_json, told)
 
 
 # --- signatures, and into the ledger -------------------------------------------------------------------------------
@@ -256,7 +257,7 @@ def ledger_sign(
         raise typer.Exit(0)
     party = _among(before, fold, keys.entry_of(folder))
     found = governance.sign(proposal, governance.held(folder, party), fold)
-    _tell(proposal, found, as_json, "who has to sign")
+    _tell(proposal, found, as_json)
 
 
 @ledger_app.command("append")
@@ -279,12 +280,12 @@ def ledger_append(
     Example:  fedmat ledger append charter.proposal.json --ledger ledger.db --folder operator-keys
     """
     from fedmat import console, governance
-    from fedmat.ledger import entries
+    from fedmat.ledger import entries, whole, words
     from fedmat.ledger.fold import Fold
     from fedmat.ledger.log import Log
 
     copies = [governance.read(p) for p in proposals]
-    origin = governance.origin(entries.open_envelope(copies[0], str(proposals[0]))[0].consortium)
+    origin = whole.origin(entries.open_envelope(copies[0], str(proposals[0]))[0].consortium)
     fold = Fold()
     if "://" in ledger or Path(ledger).exists():  # a file is begun below, once the charter is complete
         with Log.open(ledger, origin) as log:
@@ -306,7 +307,7 @@ def ledger_append(
     if as_json:
         console.write_json({"entry": index, "type": found.entry.type, "size": fold.size, "checkpoint": note or None})
         return
-    console.say(f"entry {index}: {governance.words(found.entry)}")
+    console.say(f"entry {index}: {words.words(found.entry)}")
     if index == 0:
         console.say(f"charter's digest: {spoken(found.entry.sha256)}")
     console.say("a checkpoint is signed" if note else "next: fedmat ledger checkpoint signs a checkpoint, which members cosign")
@@ -399,8 +400,8 @@ def ledger_show(
 
     Example:  fedmat ledger show ledger.jsonl --entry 0
     """
-    from fedmat import console, governance
-    from fedmat.ledger import entries
+    from fedmat import console
+    from fedmat.ledger import entries, words
 
     datas = _datas(ledger)[1]
     fold = _folded(datas)
@@ -422,9 +423,9 @@ def ledger_show(
     listed = [(i, entries.open_envelope(d, f"entry {i}")[0]) for i, d in enumerate(datas)]
     listed = [(i, e) for i, e in listed if (run is None or getattr(e, "run", None) == run) and (kind is None or e.type == kind)]
     if as_json:
-        console.write_json([{"index": i, "words": governance.words(e), **e.model_dump(mode="json")} for i, e in listed])
+        console.write_json([{"index": i, "words": words.words(e), **e.model_dump(mode="json")} for i, e in listed])
         return
-    rows = [(i, e.time, e.by, e.type, governance.words(e)) for i, e in listed]
+    rows = [(i, e.time, e.by, e.type, words.words(e)) for i, e in listed]
     console.show_rows(
         f"{fold.consortium}: {len(datas)} entries", ("entry", "time (UTC)", "by", "type", "what"), rows, right=("entry",)
     )
@@ -472,12 +473,12 @@ def ledger_witness(
     Example:  fedmat ledger witness ledger.jsonl --folder keys --state witness
     """
     from fedmat import console, files, governance, keys
-    from fedmat.ledger import merkle
+    from fedmat.ledger import merkle, whole
     from fedmat.ledger.notes import Verifier
     from fedmat.ledger.witness import Witness
 
     origin, datas, checkpoints = _datas(ledger)
-    found = governance.examine(datas, checkpoints, origin)
+    found = whole.examine(datas, checkpoints, origin)
     if not found.checkpoints:
         raise NotEvidenced(f"{ledger}: there is no checkpoint", fix="the operator signs one: fedmat ledger checkpoint")
     last, site = found.checkpoints[-1], keys.entry_of(folder).name
@@ -486,7 +487,7 @@ def ledger_witness(
         raise ProtocolError("unknown_member", f"{site} is no member at the last checkpoint: members cosign")
     own = governance.held(folder, party)
     operator = Verifier(origin, bytes.fromhex(signer.signing))
-    witness = Witness(governance.witness(found.fold.consortium, site), own, state, operator, origin)
+    witness = Witness(whole.witness_name(found.fold.consortium, site), own, state, operator, origin)
     tree = merkle.Tree(merkle.leaf_hash(d) for d in datas)
     seen = witness.seen.size
     if seen > len(datas):
@@ -541,8 +542,7 @@ def ledger_cosign(
 
 def _cosigned(log: Any, fold: Fold, line: str, path: Path) -> tuple[str, int]:
     """Adds a line to the checkpoint that it is of; returns the member and the checkpoint's size."""
-    from fedmat import governance
-    from fedmat.ledger import notes
+    from fedmat.ledger import notes, whole
 
     signature = notes.signature(line)
     for note in reversed(log.checkpoints()):
@@ -551,7 +551,7 @@ def _cosigned(log: Any, fold: Fold, line: str, path: Path) -> tuple[str, int]:
             party = fold.key_at(site, size)
             if party is None:
                 continue
-            who = notes.Verifier(governance.witness(fold.consortium, site), bytes.fromhex(party.signing))
+            who = notes.Verifier(whole.witness_name(fold.consortium, site), bytes.fromhex(party.signing))
             if not signature.by(who, notes.COSIGNATURE):
                 continue
             try:
@@ -610,8 +610,8 @@ def credits_history(
 
     Example:  fedmat credits history --ledger ledger.jsonl --member acme-cells
     """
-    from fedmat import console, governance
-    from fedmat.ledger import entries
+    from fedmat import console
+    from fedmat.ledger import entries, words
 
     datas = _datas(ledger)[1]
     _folded(datas)
@@ -625,9 +625,7 @@ def credits_history(
     if as_json:
         console.write_json([{"index": i, **e.model_dump(mode="json")} for i, e in found])
         return
-    console.show_rows(
-        "", ("entry", "time (UTC)", "what"), [(i, e.time, governance.words(e)) for i, e in found], right=("entry",)
-    )
+    console.show_rows("", ("entry", "time (UTC)", "what"), [(i, e.time, words.words(e)) for i, e in found], right=("entry",))
 
 
 @credits_app.command("transfer")
@@ -650,7 +648,7 @@ def credits_transfer(
     own = _own(folder, fold)
     entry = _valid(lambda: governance.transfer(fold, own.name, to, amount, _now(), note=note))
     path = _write(out or Path(f"credits-{own.name}-{entry.sequence}.proposal.json"), governance.propose(entry, own))
-    _tell(path, governance.standing(governance.read(path), fold), as_json, "the operator")
+    _tell(path, governance.standing(governance.read(path), fold), as_json)
 
 
 @credits_app.command("spend")
@@ -675,7 +673,7 @@ def credits_spend(
     own = _own(folder, fold)
     entry = governance.spend(fold, own.name, what, item, _now(), days=days)
     path = _write(out or Path(f"credits-{own.name}-{entry.sequence}.proposal.json"), governance.propose(entry, own))
-    _tell(path, governance.standing(governance.read(path), fold), as_json, "the operator")
+    _tell(path, governance.standing(governance.read(path), fold), as_json)
 
 
 # --- inside --------------------------------------------------------------------------------------------------------
@@ -720,10 +718,10 @@ def _fold(where: str) -> Fold:
 
 
 def _examined(where: str) -> Examined:
-    from fedmat import governance
+    from fedmat.ledger import whole
 
     origin, datas, checkpoints = _datas(where)
-    return governance.examine(datas, checkpoints, origin)
+    return whole.examine(datas, checkpoints, origin)
 
 
 def _own(folder: Path, fold: Fold) -> PartyKeys:
@@ -753,9 +751,10 @@ def _operator(found: Standing, fold: Fold) -> Party:
 
 def _checkpoint(log: Any, fold: Fold, folder: Path) -> str:
     from fedmat import governance
+    from fedmat.ledger import whole
 
     party = fold.key_at("operator", fold.size) or fold.operator  # new keys sign from the next entry on
-    return str(log.sign_checkpoint(governance.origin(fold.consortium), governance.held(folder, party)))
+    return str(log.sign_checkpoint(whole.origin(fold.consortium), governance.held(folder, party)))
 
 
 def _write(path: Path, data: bytes) -> Path:
@@ -789,17 +788,17 @@ def _tell(
     path: Path,
     found: Standing,
     as_json: bool,
-    to: str,
     told: Sequence[tuple[str, str]] = (),
     more: dict[str, Any] | None = None,
 ) -> None:
     """Says what a proposal is, who has signed it and who has to."""
-    from fedmat import console, governance
+    from fedmat import console
+    from fedmat.ledger import words
 
     if as_json:
         digest = {"digest": found.entry.sha256} if found.entry.type == "charter" else {}
         console.write_json({
-            "proposal": str(path), "type": found.entry.type, "words": governance.words(found.entry), **digest,
+            "proposal": str(path), "type": found.entry.type, "words": words.words(found.entry), **digest,
             "signed": list(found.signed), "missing": list(found.missing), "votes_missing": found.votes_missing,
             "complete": found.complete, **(more or {}),
         })  # fmt: skip
@@ -808,24 +807,27 @@ def _tell(
     then = (
         f"the operator: fedmat ledger append {name} --ledger LEDGER"
         if found.complete
-        else f"send it to {to}, who sign it with fedmat ledger sign {path.name} --folder KEYS"
+        else f"send it to {found.lacking()}; each signs with fedmat ledger sign {path.name} --folder KEYS"
     )
     console.show_where([
-        ("proposal", f"{name}: {governance.words(found.entry)}"), *told, ("signed by", ", ".join(found.signed)),
+        ("proposal", f"{name}: {words.words(found.entry)}"), *told, ("signed by", ", ".join(found.signed)),
         ("still to sign", found.lacking()), ("then", then),
     ])  # fmt: skip
 
 
 def _show_entry(entry: Any) -> None:
-    from fedmat import console, governance
+    from fedmat import console
+    from fedmat.ledger import words
 
     if entry.type == "charter":
         rows = [
             (p.name, p.kind, p.organisation, str(p.not_after), p.sha256[:16]) for p in (*entry.keys.parties, entry.operator)
         ]
         console.show_rows("", ("party", "kind", "organisation", "keys count until", "fingerprint begins"), rows)
-    console.show_where([(entry.type.replace("_", " "), governance.words(entry)), ("of", f"{entry.by}, {entry.time}"),
-                        *(governance.terms_in_words(entry) if entry.type == "charter" else [])])  # fmt: skip
+    told = [("type", entry.type), ("says", words.words(entry)), ("of", entry.by), ("dated", entry.time)]
+    if entry.type == "charter":
+        told += words.terms_in_words(entry)
+    console.show_rows("", ("", "what stands in it"), told)
 
 
 def _show_departure(after: Departure) -> None:

@@ -485,7 +485,7 @@ def estimates(case: Case, seed: int, out: Path, *, validation: bool) -> dict[str
         drawn = [settled(case, seed, model, draw=draw, **how) for draw in range(draws)]
         found[name] = {"shares": [v.tolist() for v, _ in drawn], "seconds": (time.process_time() - started) / draws}
         if not how.get("frozen"):
-            given = [settlement.credited(v.tolist(), e.tolist())[0] is not None for v, e in drawn]
+            given = [contribution.credited(v.tolist(), e.tolist(), settlement.CREDITS)[0] is not None for v, e in drawn]
             found[name]["given"] = float(np.mean(given))
     found[ROWS] = {"shares": [rows(case).tolist()], "seconds": 0.0}
     return found

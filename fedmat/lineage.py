@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import networkx as nx
@@ -437,11 +437,14 @@ class _Maker:
         if registered is not None:
             called = registered.entry.name
         version = f"{called} v{registered.entry.version}" if registered is not None else called
-        names = [n for n in (called, version, name) if n]
-        model = self.add(
-            model_id(e.model_sha256), "model", e.model_sha256, version or f"model of {name}", placed, run=name,
-            weights_sha256=e.weights_sha256, names=sorted(set(names)),
-        )  # fmt: skip
+        names = {n for n in (called, version, name) if n}
+        model = model_id(e.model_sha256)
+        if model in self.nodes:  # two runs can make the same model
+            known = self.nodes[model]
+            names |= set(known.attributes["names"])
+            self.nodes[model] = replace(known, attributes={**known.attributes, "names": sorted(names)})
+        label = version or f"model of {name}"
+        self.add(model, "model", e.model_sha256, label, placed, run=name, weights_sha256=e.weights_sha256, names=sorted(names))
         last = weights_id(name, max(run.aggregates, default=-1))
         self.edge(model, "derived_from", last, placed)
         self.edge(model, "generated_by", setup, placed)  # scaling and intervals are in the model's file

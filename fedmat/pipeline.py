@@ -511,10 +511,16 @@ def statements(run: Run, *, engine: Engine | None = None) -> dict[str, Any]:
         return accounts.ask(run.folder, run.plan(), _ledger_name(run), delivery)
 
 
-def account(run: Run, now: datetime) -> Accounted:
+def account(
+    run: Run, now: datetime, *, ask: bool = False, witnesses: Mapping[str, tuple[PartyKeys, Path]] | None = None
+) -> Accounted:
     """Writes the finished run into the operator's ledger, signs a checkpoint and packs the evidence bundle.
 
     Done again, it writes what came since. The ledger of a rehearsal is begun here, and its members' witnesses cosign here.
+
+    Args:
+        ask: have the sites of this machine sign what they did first.
+        witnesses: members that cosign here: site -> keys and folder of its witness; by default those of a rehearsal.
 
     Raises:
         NotEvidenced: the run is not finished, or a real consortium has not begun its ledger.
@@ -523,6 +529,8 @@ def account(run: Run, now: datetime) -> Accounted:
     """
     from fedmat import accounts
 
+    if ask:
+        statements(run)
     books, config = ledger_books(run), run.config()
     own = _own_keys(run)
     if own:
@@ -531,7 +539,7 @@ def account(run: Run, now: datetime) -> Accounted:
             accounts.begin(books, config, charter, {s: k for s, (k, _) in own.items()}, now)
     name = _ledger_name(run)
     written = accounts.enter(books, name, run.folder, run.consortium_file, now)
-    note = accounts.seal(books, now, own)
+    note = accounts.seal(books, now, witnesses or own)
     path = accounts.pack(books, name, run.folder)
     return Accounted(name, written, int(note.splitlines()[1]), path)
 
@@ -553,7 +561,8 @@ def _own_keys(run: Run) -> dict[str, tuple[PartyKeys, Path]]:
     """Returns the keys of the sites of a rehearsal, with the folders of their witnesses; of a real consortium none are here."""
     from fedmat import accounts, keys
 
-    if not run.config().simulated or run.config().charter is not None or run.charter_file is not None:
+    elsewhere = (run.home / "project.json").exists()  # an operator's project: its members are other organisations
+    if elsewhere or not run.config().simulated or run.config().charter is not None or run.charter_file is not None:
         return {}
     members_charter(run)
     return {s: (keys.load(run.party_folder(s) / KEYS, s), run.party_folder(s) / accounts.WITNESS) for s in run.sites}

@@ -73,6 +73,7 @@ NOT_COMPARED_SEALED: Mapping[str, Mapping[str, str]] = {
     "rounds": {
         "exchange": "canary exchanges fall where the members' secret and the run's random name say",
         "audits": "of the exchange that closed the round",
+        "updates": "sealed with keys and pads that are new",
         "evidence.header": "names the run and its keys, which are new",
     },
     METRICS: {

@@ -76,9 +76,7 @@ def account(run: Run, *, ask: bool) -> str:
 
     def work() -> str:
         try:
-            if ask:
-                pipeline.statements(run)
-            done = pipeline.account(run, datetime.now(UTC))
+            done = pipeline.account(run, datetime.now(UTC), ask=ask)
         except NotEvidenced as error:  # a consortium that has begun no ledger: its model is none the worse
             return f"not in a ledger: {error.what}"
         return f"{done.written} entries, {done.size} in the ledger, {done.bundle.name}"

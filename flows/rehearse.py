@@ -97,8 +97,8 @@ class Stage:
         return self.folder / "parties" / party
 
     def provision(self, now: datetime) -> None:
-        """Makes certificates and kits, joins every party, and the charter where the plan encrypts."""
-        from fedmat import keys, provision
+        """Makes certificates and kits, joins every party; of a simulated consortium also the charter, keys and the ledger."""
+        from fedmat import accounts, keys, provision
 
         if not self.config.simulated and self.plan.settings.security.mode != "none":
             raise ConfigError(
@@ -106,17 +106,32 @@ class Stage:
                 fix="rehearse with a copy that says simulated: true",
             )
         charter: bytes | None = None
-        if self.plan.settings.security.mode != "none":
+        if self.config.simulated:
             names = {m.site: m.organisation for m in self.config.members}
             found = keys.rehearsal(self.config.name, self.sites, names, lambda p: self.folder / KEYS / p, now.date())
             charter = files.json_bytes(found.model_dump(mode="json"))
         folders = {p: (self.home(p), self._site_files.get(p)) for p in self.parties}
         provision.rehearsal(self.config_file, self.project, folders, host=HOST, port=self.port, now=now, charter=charter)
+        if charter:
+            signing = {s: keys.load(self.folder / KEYS / s, s) for s in self.sites}
+            accounts.begin(accounts.Books(self.project, self.config.name), self.config, found, signing, now)
         for party in self.parties if charter else ():
             if (self.folder / KEYS / party).exists():  # a party without keys of its own: the reference rows
                 own = Run(self.config_file, self.home(party)).party_folder(party) / KEYS
                 own.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 shutil.move(self.folder / KEYS / party, own)
+
+    def account(self, run: Run, now: datetime) -> None:
+        """Writes the finished run into the ledger; every site's witness cosigns."""
+        from fedmat import accounts, keys
+
+        if not self.config.simulated:
+            return
+        own = {}
+        for site in self.sites:
+            workspace = Run(self.config_file, self.home(site)).party_folder(site)
+            own[site] = (keys.load(workspace / KEYS, site), workspace / accounts.WITNESS)
+        pipeline.account(run, now, witnesses=own)
 
     def start_network(self) -> None:
         """Starts the FLARE server and every party's FLARE client."""
@@ -258,6 +273,7 @@ def rehearse(
             finished = following.result()
             reached("rounds, baselines and evaluation done")
             run = finished.run()
+            stage.account(run, datetime.now(UTC))
             result = Rehearsal(
                 run=run,
                 metrics=files.read_json(run.folder / pipeline.METRICS),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,9 @@ class LedgerContract:
         raise NotImplementedError
 
     @pytest.fixture
-    def log(self, where: str) -> Log:
-        return Log.open(where, ORIGIN)
+    def log(self, where: str) -> Iterator[Log]:
+        with Log.open(where, ORIGIN) as log:
+            yield log
 
     # --- entries
 

@@ -44,16 +44,12 @@ def spend(by: str, what: Any, item: str, amount: int, sequence: int, time: str =
     return SpendEntry(**common(by) | {"time": time}, what=what, item=item, amount=amount, sequence=sequence)
 
 
-def refused(
-    state: Credits, reason: str, entry: Any, *, members: set[str] | None = None, basis: Any = None, **more: Any
-) -> None:
+def refused(state: Credits, reason: str, entry: Any, *, members: set[str] | None = None, basis: Any = None) -> None:
     """The entry is refused by that name, the message names its place, and nothing has changed."""
     before = copy.deepcopy(state)
+    among = set(SITES) if members is None else members
     with pytest.raises(ProtocolError) as caught:
-        if basis is not None:
-            state.mint(entry, basis, 17, terms=TERMS, **more)
-        else:
-            state.apply(entry, 17, members=set(SITES) if members is None else members, terms=TERMS)
+        step(state, entry, basis, among, index=17)
     assert caught.value.reason == reason
     assert "entry 17" in caught.value.what
     assert state == before
@@ -300,11 +296,11 @@ class Market(RuleBasedStateMachine):
             assert again == expected
 
 
-def step(state: Credits, entry: Any, basis: Any, members: set[str]) -> None:
+def step(state: Credits, entry: Any, basis: Any, members: set[str], index: int = 1) -> None:
     if basis is None:
-        state.apply(entry, 1, members=members, terms=TERMS)
+        state.apply(entry, index, members=members, terms=TERMS)
     else:
-        state.mint(entry, basis, 1, terms=TERMS)
+        state.mint(entry, basis, index, terms=TERMS)
 
 
 Market.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

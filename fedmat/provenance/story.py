@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -24,10 +24,10 @@ from fedmat import egress
 from fedmat.bundle import Bundle, egress_file
 from fedmat.errors import NotEvidenced
 from fedmat.ledger import entries
-from fedmat.ledger.entries import OPERATOR, CharterEntry
+from fedmat.ledger.entries import CharterEntry
 from fedmat.lineage import Edge, Graph, Node
 
-Job = Literal["run", "prepare", "featurize", "setup", "train", "round", "evaluate", "contribution", "register"]
+Job = Literal["run", "prepare", "featurize", "setup", "train", "round", "evaluate", "contribution", "approve", "register"]
 Outcome = Literal["complete", "fail", "open"]
 """``open``: the ledger does not state its end, which is no statement that it failed."""
 
@@ -40,6 +40,7 @@ JOBS: Mapping[Job, str] = {
     "round": "The coordinator combines the updates of one round by the plan's rule.",
     "evaluate": "The finished model is scored on every site's frozen test groups.",
     "contribution": "What each member's data was worth to the model.",
+    "approve": "A member says whether the model may become champion.",
     "register": "The model gets a name and a version in the registry.",
 }
 """What each kind of step does, in the order in which they come."""
@@ -307,7 +308,7 @@ class _Teller:
 
     def _run(self, plan: Node) -> None:
         run, parent = plan.run, f"run/{plan.run}"
-        word = self._word(plan)
+        word, at = self._word(plan), len(self.steps)
         out = self._exclusions(run)
         setup = next(iter(self.graph.of_kind("setup", run)), None)
         features: tuple[str, ...] = ()
@@ -319,36 +320,33 @@ class _Teller:
                 used=(plan.id, *features), left_out=out.get(-1, {}),
             ))  # fmt: skip
         self._rounds(run, word, out)
-        model = next((n for n in self.graph.of_kind("model") if n.run == run), None)
-        made = tuple(n.id for n in (model, *self.graph.of_kind("evaluation", run)) if n is not None)
+        evaluated = [t for n in self.graph.of_kind("evaluation", run) for t in self._targets(n.id, "used")]
+        model = next((self.nodes[t] for t in evaluated if self.nodes[t].kind == "model"), None)
         self._after(run, parent)
-        end = self._word(model) if model is not None else self._latest(run, word)
+        end = self._latest(run, word) if model is None else self._word(self.graph.of_kind("evaluation", run)[0])
         used = (plan.id, *self._things_of(plan.id, "used"), *features)
         code = next((self.nodes[t] for t in self._targets(plan.id, "used") if self.nodes[t].kind == "code"), None)
         told = {k: plan.attributes[k] for k in ("seed", "rounds") if k in plan.attributes}
         if code is not None:
             told |= {"code_version": _plain(code.attributes["version"]), "git_commit": _plain(code.attributes["commit"])}
             told |= {"git_dirty": bool(code.attributes["dirty"])}
-        self.steps.insert(self._first(run), Step(
+        self.steps.insert(at, Step(
             parent, "run", run, f"run {run}", "operator", end, word.time, "open" if model is None else "complete", used=used,
-            made=made, told={k: v for k, v in told.items() if v != ""}, left_out=out.get(None, {}),
+            made=() if model is None else (model.id,), told={k: v for k, v in told.items() if v != ""}, left_out=out.get(-1, {}),
         ))  # fmt: skip
-
-    def _first(self, run: str) -> int:
-        return next((i for i, s in enumerate(self.steps) if s.run == run), len(self.steps))
 
     def _latest(self, run: str, word: Word) -> Word:
         return self._at(max((n.evidence or 0 for n in self.graph.nodes if n.run == run), default=word.entry))
 
-    def _rounds(self, run: str, began: Word, out: Mapping[int | None, Mapping[str, str]]) -> None:
+    def _rounds(self, run: str, began: Word, out: Mapping[int, Mapping[str, str]]) -> None:
         closed = {int(n.attributes["round"]): n for n in self.graph.of_kind("round", run)}
         updates: dict[int, list[Node]] = {}
         for n in self.graph.of_kind("update", run):
             updates.setdefault(int(n.attributes["round"]), []).append(n)
         weights: dict[str, str] = {}  # round's node -> what it made
         for n in self.graph.of_kind("weights", run):
-            weights |= {t: n.id for t in self._targets(n.id, "generated_by")}
-        for number in sorted({*closed, *updates, *(n for n in out if n is not None and n >= 0)}):
+            weights |= dict.fromkeys(self._targets(n.id, "generated_by"), n.id)
+        for number in sorted({*closed, *updates, *(n for n in out if n >= 0)}):
             node, mine = closed.get(number), updates.get(number, [])
             id = f"round/{run}/{number}"
             about = self._word(node) if node is not None else self._at(max([began.entry, *(n.evidence or 0 for n in mine)]))
@@ -380,25 +378,29 @@ class _Teller:
         ))  # fmt: skip
 
     def _after(self, run: str, parent: str) -> None:
-        jobs: tuple[tuple[Job, Any], ...] = (
-            ("evaluate", "evaluation"), ("contribution", "contribution"), ("register", "registration"),
-        )  # fmt: skip
-        for job, kind in jobs:
-            for n in self.graph.of_kind(kind, run):
-                word = self._word(n)
-                used = self._things_of(n.id, "used", "about")
-                if job == "register":  # whoever had approved by then
-                    approvals = (a for a in self.graph.of_kind("approval", run) if (a.evidence or 0) < word.entry)
-                    used = (*used, *(a.id for a in approvals))
-                self.steps.append(Step(
-                    f"{job}/{run}" + ("" if job == "evaluate" else f"/{word.entry}"), job, run, f"{run}: {job}", "operator", word,
-                    max((self.nodes[u].evidence or 0 for u in used), default=0) and self._at(
-                        max(self.nodes[u].evidence or 0 for u in used)).time or word.time,
-                    parent=parent, used=used, made=(n.id,),
-                ))  # fmt: skip
+        for n in self.graph.of_kind("evaluation", run):
+            self._statement("evaluate", n, f"evaluate/{run}", parent, ())
+        for n in self.graph.of_kind("contribution", run):
+            self._statement("contribution", n, f"contribution/{run}/{n.evidence}", parent, ())
+        approvals = self.graph.of_kind("approval", run)
+        for n in approvals:
+            self._statement("approve", n, f"approve/{run}/{n.attributes['site']}", parent, ())
+        for n in self.graph.of_kind("registration", run):
+            word = self._word(n)
+            given = tuple(a.id for a in approvals if self._word(a).entry < word.entry)
+            self._statement("register", n, f"register/{run}/{n.evidence}", parent, given)
 
-    def _exclusions(self, run: str) -> dict[int | None, dict[str, str]]:
-        found: dict[int | None, dict[str, str]] = {}
+    def _statement(self, job: Job, n: Node, id: str, parent: str, more: tuple[str, ...]) -> None:
+        word, site = self._word(n), str(n.attributes.get("site", ""))
+        used = (*self._things_of(n.id, "used", "about"), *more)
+        began = self._at(max((self._word(self.nodes[u]).entry for u in used), default=word.entry))
+        self.steps.append(Step(
+            id, job, n.run, f"{n.run}: {job}" + (f", {site}" if site else ""), f"site:{site}" if site else "operator", word,
+            began.time, parent=parent, site=site, used=used, made=(n.id,),
+        ))  # fmt: skip
+
+    def _exclusions(self, run: str) -> dict[int, dict[str, str]]:
+        found: dict[int, dict[str, str]] = {}
         for n in self.graph.of_kind("exclusion", run):
             found.setdefault(int(n.attributes["round"]), {})[str(n.attributes["site"])] = str(_plain(n.attributes["reason"]))
         return found
@@ -437,8 +439,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value
-
-
-def used_by(story: Story, steps: Iterable[Step]) -> set[str]:
-    """Returns the ids of all things that steps used, considered or made."""
-    return {t for s in steps for t in (*s.used, *s.considered, *s.made) if t in story.things}
