@@ -724,9 +724,13 @@ class Audit:
 
     def _nothing(self, name: str, question: str, why: str = "", run: RunEntries | None = None) -> Answer:
         said = why or f"the ledger has no run {self.verified.bundle.run}"
-        if self.ledger.broken is not None:
-            return Answer(name, question, REFUTED, said, None, (), "", f"the ledger is broken: {self.ledger.why}")
-        return Answer(name, question, UNKNOWN, said, None, (self._proof(run.plan),) if run else (), "", said)
+        proof = (self._proof(run.plan),) if run else ()
+        keys = next(c for c in self.verified.checks if c.topic == "keys")
+        if keys.verdict == REFUTED:
+            return Answer(name, question, REFUTED, said, None, proof, "", f"{keys.place}: {keys.what}")
+        if self._cut(run):
+            return Answer(name, question, REFUTED, said, None, proof, "", f"the ledger is broken: {self.ledger.why}")
+        return Answer(name, question, UNKNOWN, said, None, proof, "", said)
 
     def _proof(self, placed: Placed) -> Proof:
         signed = self.ledger.signed[placed.index]

@@ -20,10 +20,15 @@ from fedmat.federation.engine import InProcessEngine
 def build(home: Path, **how: Any) -> Scene:
     """Returns a scene whose metrics were made from the very files that the bundle holds."""
     scene = ledger_scene.build(home, account=False, **how)
-    evaluations = [told(x) for x in files.read_json(scene.folder / "evaluations.json")]
-    files.write_json(scene.folder / "metrics.json", pipeline._metrics(scene.run, evaluations))
+    metrics(scene)
     account(scene)
     return scene
+
+
+def metrics(scene: Scene) -> None:
+    """Writes metrics.json as it follows from a run's other files."""
+    evaluations = [told(x) for x in files.read_json(scene.folder / "evaluations.json")]
+    files.write_json(scene.folder / "metrics.json", pipeline._metrics(scene.run, evaluations))
 
 
 def account(scene: Scene) -> None:

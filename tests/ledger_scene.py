@@ -96,8 +96,8 @@ def build(
         how: see ``runs.build``.
     """
     named = dict(list(runs.SITES.items())[:sites])
-    how = {"exclusions": False, "sites": named} | how
-    folder = runs.build(home, run_id=run_id, rounds=rounds, **how)
+    wanted: dict[str, Any] = {"exclusions": False, "sites": named} | how
+    folder = runs.build(home, run_id=run_id, rounds=rounds, **wanted)
     run = pipeline.Run(home / f"consortium-{run_id}.yaml", home, run_id)
     scene = Scene(home, run, clock or Clock())
     pipeline.members_charter(run)

@@ -317,7 +317,7 @@ def test_a_signer_reads_what_it_signs_and_may_say_no(tmp_path: Path) -> None:
     o.new("rolling")
     join = o.mail("join.json")
     said = plain(fedmat("consortium", "join", "--folder", o.keys("rolling"), "--ledger", o.export, "-o", join))
-    assert "still to sign operator, 2 more of the members" in said and "send it to the members" in said
+    assert "still to sign operator, 2 more of the members" in said and "send it to operator, 2 more of the members" in said
     before = join.read_bytes()
     words = ("ledger", "sign", join, "--folder", o.keys("forge"), "--ledger", o.export)
     no = fedmat(*words, says="n\n")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, date, datetime, timedelta
 from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fedmat import governance, keys
-from fedmat.config import ConsortiumConfig, parse_settings
+from fedmat.config import ConsortiumConfig, Terms, parse_settings
 from fedmat.errors import ConfigError, NotEvidenced, ProtocolError, StateError
 from fedmat.keys import Party, PartyKeys
 from fedmat.ledger import dsse, entries, merkle, notes, whole, words
@@ -554,3 +556,11 @@ def test_every_type_of_entry_has_its_words(rich: Woods) -> None:
         assert len(words.words(entry)) > 10
     told = dict(words.terms_in_words(rich.charter()))
     assert (told["quorum"], told["tiers"], told["a day of priority"]) == ("2 of 3", "champion 300, open 0", "7 credits")
+
+
+def test_the_terms_as_documented_are_those_there_are() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "charter.md").read_text()
+    table = text.split("| Key under `terms:` |")[1].split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(Terms.model_fields)
+    shown = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert Terms.model_validate(shown["terms"]).needed(3) == 2

@@ -135,7 +135,6 @@ def parse_export(handle: Iterable[bytes], name: str = FILE, origin: str | None =
             checkpoints.append(_read_checkpoint(name, number, line))
     if len(entries) < size:
         raise _fewer(name, len(entries), size, len(entries) + 2)
-    _check_order(name, size, checkpoints)
     return Export(found, tuple(entries), tuple(checkpoints), name)
 
 
@@ -185,24 +184,12 @@ def _read_checkpoint(name: str, number: int, line: bytes) -> str:
             f"{name} line {number}: expected a checkpoint in canonical form, after as many entries as line 1 says",
             fix="get the file again",
         ) from None
+    try:
+        notes.read(notes.parse(note).body)
+    except ProtocolError as error:
+        what = error.what.removeprefix(f"{error.reason}: ")
+        raise ProtocolError("bad_checkpoint", f"{name} line {number}: {what}", fix="get the file again") from None
     return note
-
-
-def _check_order(name: str, size: int, checkpoints: Sequence[str]) -> None:
-    last = -1
-    for number, note in enumerate(checkpoints, start=size + 2):
-        try:
-            _, at, _ = notes.read(notes.parse(note).body)
-        except ProtocolError as error:
-            what = error.what.removeprefix(f"{error.reason}: ")
-            raise ProtocolError("bad_checkpoint", f"{name} line {number}: {what}", fix="get the file again") from None
-        if at <= last:
-            raise ProtocolError(
-                "bad_checkpoint",
-                f"{name} line {number}: a checkpoint of {at} entries after one of {last}",
-                fix="get the file again",
-            )
-        last = at
 
 
 def _json(line: bytes) -> Any:
@@ -255,6 +242,9 @@ def structure(
             what = f"says {export.origin}, the checkpoint on line {number} is signed for {found.origin}"
             findings.append(Finding(f"{export.name} line 1", what, "foreign_bundle"))
             continue
+        if good and found.size <= good[-1][1].size:
+            what = f"a checkpoint of {found.size} entries after one of {good[-1][1].size}"
+            findings.append(Finding(place, what, "bad_checkpoint"))
         good.append((number, found))
     findings += _wrong_roots(export, good)
     findings += _clocks(export, good)

@@ -304,7 +304,7 @@ class Fold:
                 entry.rotation.verify()
             except ProtocolError as error:
                 raise entries.placed(error, where) from None
-            self._put(entry.rotation.entry, index + 1)
+            self._put(entry.rotation.entry, index)
         elif isinstance(entry, PodEntry):
             for member in entry.members:
                 self._member(member, where)

@@ -59,7 +59,8 @@ def ro_crate(graph: Graph, bundle: Bundle, folder: Path, audience: Audience = "m
         audience: to whom it may be shown; decides, by the charter, which files are in it.
 
     Raises:
-        StateError: ``folder`` holds something else, or the ledger has no plan of the run.
+        StateError: ``folder`` holds something else than a crate.
+        NotEvidenced: the ledger has no plan of the run.
         ProtocolError: as :func:`openlineage`.
     """
     from fedmat.provenance import crate
@@ -74,7 +75,7 @@ def write(
 
     Raises:
         ConfigError: there is no such format.
-        StateError, ProtocolError: as :func:`ro_crate`.
+        StateError, NotEvidenced, ProtocolError: as :func:`ro_crate`.
     """
     wanted = tuple(dict.fromkeys(formats))
     if unknown := sorted(set(wanted) - set(FORMATS)):

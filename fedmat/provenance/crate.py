@@ -39,7 +39,7 @@ from fedmat.bundle import (
     egress_file,
     run_file,
 )
-from fedmat.errors import StateError
+from fedmat.errors import NotEvidenced, StateError
 from fedmat.evidence import ATTESTATIONS, EVALUATIONS, INTERVALS, MATCHING, METRICS, MODEL, PLAN, ROUNDS
 from fedmat.provenance.story import JOBS, Job, Step, Story, Thing
 
@@ -101,6 +101,7 @@ def write(story: Story, bundle: Bundle, folder: Path, audience: Audience) -> Pat
 
     Raises:
         StateError: ``folder`` holds something else than a crate.
+        NotEvidenced: the ledger has no plan of the run.
     """
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / METADATA).is_file())):
         raise StateError(f"{folder}: is there already and is no crate", fix="name an empty or a new folder")
@@ -122,7 +123,7 @@ class _Crate:
 
     def build(self) -> Any:
         if self.run is None:
-            raise StateError(f"run {self.story.run}: the ledger has no plan of it", fix="ask for the bundle again")
+            raise NotEvidenced(f"run {self.story.run}: the ledger has no plan of it", fix="ask for the bundle again")
         self._agents()
         self._root()
         self._files()

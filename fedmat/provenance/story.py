@@ -65,7 +65,7 @@ _TOLD: Mapping[str, tuple[str, ...]] = {
     "approval": ("approves",),
     "exclusion": ("round", "why", "reason"),
 }
-_WORD = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")
+_WORD = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._+-]{0,63})?$")  # a rule is called mean/sgd
 _SHOWN = 12  # digits of a digest in a name
 
 
