@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-flare screenshots check format expectations bench bench-trust docs ui clean
+.PHONY: help setup demo test test-slow test-flare test-postgres check-crate bench-ledger screenshots check format expectations bench bench-trust docs ui clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,21 @@ bench-trust: $(STAMP) ## what protection costs and holds off: two minutes, then 
 	$(BIN)/python benchmarks/trust.py --full
 	$(BIN)/fedmat bench small C1 C4a
 	$(BIN)/fedmat bench attacks C1 C4a
+
+bench-ledger: $(STAMP) ## the ledger at a million entries, against a plain table: a few minutes
+	$(BIN)/python -m benchmarks.ledger --entries 1000000
+
+test-postgres: $(STAMP) ## the ledger in a real PostgreSQL server, started and stopped here (needs its programs)
+	$(BIN)/python -m pytest -m postgres tests/test_ledger_postgres.py
+
+ROCRATE := build/rocrate
+
+check-crate: $(STAMP) ## ask the RO-Crate standard's own validator (CRATE=folder: about a crate of yours)
+	@test -x $(ROCRATE)/bin/rocrate-validator || { $(PYTHON) -m venv $(ROCRATE) && \
+	  $(ROCRATE)/bin/python -m pip install --disable-pip-version-check --quiet roc-validator==0.13.0 && \
+	  $(ROCRATE)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps rocrate==0.9.0; }
+	@test -n "$(CRATE)" || $(BIN)/python tests/check_crate.py make build/check-crate
+	$(ROCRATE)/bin/python tests/check_crate.py validate $(or $(CRATE),build/check-crate)
 
 docs: $(STAMP) ## check that every command and link in the documentation works
 	$(BIN)/python -m pytest tests/test_docs.py

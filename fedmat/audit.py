@@ -548,7 +548,7 @@ class Audit:
             else "no model descends from it"
         )
         return self._answer(
-            "affected", f"Which models descend from {found.label} and must be withdrawn or retrained?", said, rows, placed, None, (), lacking,
+            "affected", f"Which models descend from {found.label} and must be withdrawn or retrained?", said, rows, placed, None, ("entries", "checkpoints"), lacking,
             limits="every model that this ledger knows; copies and fine-tuned children outside it are not in it",
         )  # fmt: skip
 
@@ -577,7 +577,7 @@ class Audit:
             + (f"; too few sites remain for {', '.join(short)}" if short else "; the quorum is met where it is known")
         )  # fmt: skip
         return self._answer(
-            "retrain", "What has to be trained again, with whom, and are they enough?", said, rows, placed, None, ("plan",) if rows else (),
+            "retrain", "What has to be trained again, with whom, and are they enough?", said, rows, placed, None, ("entries", "checkpoints", "plan"),
             lacking, limits="a plan, not a promise: encrypted rules may need more members than the quorum (docs/rules.md)",
         )  # fmt: skip
 
@@ -603,7 +603,7 @@ class Audit:
         free = [r["run"] for r in rows if r["free"]]
         said = f"{len(free)} models: {', '.join(free)}" if free else "no model in this ledger is free of it"
         return self._answer(
-            "free", f"Which models are free of {found.label}?", said, rows, placed, None, (), lacking,
+            "free", f"Which models are free of {found.label}?", said, rows, placed, None, ("entries", "checkpoints"), lacking,
             limits="by the digests that sites signed for: the same rows under another digest, or at another site, would not show",
         )  # fmt: skip
 

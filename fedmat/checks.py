@@ -176,7 +176,7 @@ def read_ledger(bundle: Bundle) -> Ledger:
         return Ledger(Fold(), 0, 0, None if missing else 0, f"{LEDGER}: {_bare(error)}", (), (), (), tuple(checks))
     fold, refused, charters, signed = _apply(raw, checks)
     checks.append(_origin(origin, fold, bundle))
-    broken, why = (fold.size, refused) if refused else (None, "")
+    broken, why = (fold.size, f"entry {fold.size}: {refused}") if refused else (None, "")
     vouched, torn, torn_why = _checkpoints(raw, told, origin, fold, charters, checks)
     if torn is not None and (broken is None or torn < broken):
         broken, why = torn, torn_why
@@ -198,7 +198,7 @@ def _apply(raw: Sequence[bytes], checks: list[Check]) -> tuple[Fold, str, list[P
         try:
             entry = fold.apply(data)
         except FedmatError as error:
-            refused = _bare(error)
+            refused = _bare(error).removeprefix(f"entry {index}: ")
             checks.append(Check("entries", REFUTED, f"entry {index}", refused, getattr(error, "reason", "unknown_entry")))
             if left := len(raw) - index - 1:
                 what = f"{left} entries after it are not read: what they say may rest on it"
@@ -259,15 +259,15 @@ def _checkpoints(
         if size == 0:
             checks.append(Check("checkpoints", REFUTED, place, "says nothing about any entry", "bad_checkpoint"))
             continue
+        good = max((v.size for v in vouched if v.size < size), default=0)
         known = min(size, fold.size)  # keys as they were there, or at the last entry that was accepted
         trouble = _verified(note, taken, origin, fold, known, size, charters)
         by_operator = trouble is None or trouble.reason == "no_quorum"
         if size > len(raw):
-            what = f"the ledger ends after {len(raw)} entries, the operator signed for {size}"
+            what = f"the ledger has {len(raw)} entries, the operator signed for {size}: some from entry {good} on are left out"
             checks.append(Check("checkpoints", REFUTED, place, what, "truncated_log"))
-            torn += [(len(raw), what)] if by_operator else []
+            torn += [(good, what)] if by_operator else []
         elif tree.root(size) != root:
-            good = max((v.size for v in vouched if v.size < size), default=0)
             what = (
                 f"its root is not that of the first {size} entries here: one of the entries {good} to {size - 1} was changed, "
                 "left out, put in or moved, or the operator signed another history"
@@ -424,6 +424,11 @@ class Verified:
         """The worst of all checks."""
         return worst(c.verdict for c in self.checks)
 
+    @property
+    def cut(self) -> bool:
+        """Whether entries were left unread after one that was refused: what is missing may stand there."""
+        return self.ledger.fold.size < self.ledger.size
+
     def add(self, topic: str, verdict: Verdict, place: str, what: str, reason: str = "") -> None:
         """Notes a check."""
         self.checks.append(Check(topic, verdict, place, what, "" if verdict == PROVED else reason))
@@ -513,7 +518,7 @@ def close(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(close(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, bool) or isinstance(b, bool) or not (isinstance(a, int | float) and isinstance(b, int | float)):
-        return bool(a == b)
+        return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
     return math.isclose(a, b, rel_tol=_CLOSE, abs_tol=1e-12)
 
 
@@ -655,13 +660,13 @@ def _rounds(v: Verified, run: RunEntries) -> None:
             "it is missing, and the aggregates' entries state its lines: ask for it",
             "evidence_missing",
         )
-    elif len(lines) != len(run.aggregates):
+    elif len(lines) != len(run.aggregates) and not v.cut:
         what = f"it has {len(lines)} lines, the ledger {len(run.aggregates)} rounds"
         v.add("round", REFUTED, run_file(ROUNDS), what, "contradiction")
     for number in range(max(e.rounds, len(lines), max(run.aggregates, default=-1) + 1)):
         placed, topic, place = run.aggregates.get(number), f"round:{number}", f"{run_file(ROUNDS)} line {number + 1}"
         if placed is None:
-            verdict = UNKNOWN if number >= len(lines) else REFUTED
+            verdict = UNKNOWN if v.cut or number >= len(lines) else REFUTED
             v.add(topic, verdict, place, f"the ledger has no aggregate of round {number + 1}", "evidence_missing")
             continue
         if number >= e.rounds:
@@ -730,6 +735,11 @@ def _exclusions(v: Verified, run: RunEntries) -> None:
                 continue
             what = f"{site} did not count in round {number + 1}, and no entry says why"
             v.add("exclusion", UNKNOWN, f"entry {placed.index}", what, "evidence_missing")
+    with v.form("exclusion", run_file(PLAN)):
+        for site in sorted(set(v.values.get(PLAN, {}).get("roster", ())) - set(run.plan.entry.sites)):
+            if (-1, site) not in stated:
+                what = f"{site} is in the plan's roster and took no part, and no entry says why"
+                v.add("exclusion", UNKNOWN, f"entry {run.plan.index}", what, "evidence_missing")
     for number, report in sorted(v.rounds.items()):
         with v.form("exclusion", f"{run_file(ROUNDS)} line {number + 1}"):
             told = {(x["site"], kind, x["reason"]) for kind, key in (("dropout", "dropouts"), ("rejection", "rejections"))
@@ -807,6 +817,12 @@ def _scores(v: Verified, run: RunEntries) -> None:
         v.same(
             "metrics", place, "its rows of duplicates and matching.json", metrics["matching"], matching
         ) if matching is not None else None
+        before = {(x["site"], x["kind"], x["reason"]) for x in metrics["exclusions"] if x["round"] < 0}
+        stated = {(p.entry.site, p.entry.kind, p.entry.reason) for p in run.exclusions if p.entry.round < 0}
+        for site, kind, reason in sorted(before ^ stated):
+            lacks = "it" if (site, kind, reason) in stated else "the ledger"
+            what = f"{site} left out before the first round ({kind}, {reason}): {lacks} does not say so"
+            v.add("exclusion", REFUTED, place, what, "contradiction")
         plan = v.values.get(PLAN)
         if plan is not None:
             v.same(
@@ -987,7 +1003,8 @@ def _settlement(v: Verified, run: RunEntries, topic: str, placed: Placed) -> Non
         for key, stated in (("share", e.shares), ("error", e.errors)):
             found = {s: row[key] for s, row in told["sites"].items()}
             v.same(topic, place, f"its {key}s and those of entry {placed.index}", found, dict(stated), "wrong_share")
-        v.same(topic, place, "its model and the run's", told["model_sha256"], e.model_sha256)
+        weights = run.evaluation.entry.weights_sha256 if run.evaluation else None  # what the sites were given, without a file
+        v.same(topic, place, "its model and the run's", told["model_sha256"], weights)
         v.same(topic, place, "its plan and the run's", told["plan_sha256"], run.plan.entry.plan_sha256)
     with v.form(topic, place):
         _auditor(v, run, topic, place, told, placed)

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 import fedmat.cli_drop  # adds its commands to site_app
 import fedmat.cli_egress
 import fedmat.telemetry  # noqa: F401  before anything that would phone home
+from fedmat.cli_audit import audit_app
 from fedmat.cli_bench import bench
 from fedmat.cli_consortium import consortium_app
 from fedmat.cli_data import data_app, site_app
 from fedmat.cli_keys import keys_app
+from fedmat.cli_ledger import approve, credits_app, ledger_app
 from fedmat.cli_parties import rehearse
 from fedmat.commands import DEBUG, Group, Home, Json, Store
 from fedmat.errors import ConfigError, NotEvidenced
@@ -39,6 +41,12 @@ app.add_typer(site_app, name="site")
 app.add_typer(consortium_app, name="consortium")
 app.add_typer(data_app, name="data")
 app.add_typer(keys_app, name="keys")
+app.add_typer(ledger_app, name="ledger")
+app.add_typer(audit_app, name="audit")
+app.add_typer(credits_app, name="credits")
+
+if TYPE_CHECKING:
+    from fedmat.pipeline import Run
 
 Orchestrated = Annotated[
     Literal["auto", "prefect", "none"],
@@ -228,6 +236,14 @@ def report(
     console.show_where([("report", console.show_path(path))])
 
 
+def _finished(consortium: Path, where: Path, folder: Path) -> Run:
+    """Returns a run as it was made, with its own number of rounds."""
+    from fedmat import files, pipeline, places
+
+    rounds = int(files.read_json(folder / places.PLAN)["settings"]["rounds"])
+    return pipeline.open_run(consortium, home=where, run_id=folder.name, rounds=rounds)
+
+
 @app.command()
 def settle(
     consortium: Consortium,
@@ -242,12 +258,11 @@ def settle(
 
     Example:  fedmat settle consortium.yaml
     """
-    from fedmat import console, files, pipeline, places
+    from fedmat import console, pipeline, places
 
     where = home or places.workspace(consortium)
-    folder = places.find_run(run_id or str(consortium), where)
-    rounds = int(files.read_json(folder / places.PLAN)["settings"]["rounds"])
-    opened = pipeline.open_run(consortium, home=where, run_id=folder.name, rounds=rounds)
+    opened = _finished(consortium, where, places.find_run(run_id or str(consortium), where))
+    folder = opened.folder
     with console.working("asking sites and the Auditor"):
         found = pipeline.settle(opened)
     try:
@@ -269,6 +284,36 @@ def settle(
 
 
 # --- models ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def register(
+    consortium: Consortium,
+    run_id: Annotated[str | None, typer.Option(help="Which run.", show_default="the latest")] = None,
+    home: Home = None,
+    tracking_uri: Store = None,
+    as_json: Json = False,
+) -> None:
+    """Register a finished run's model, or decide anew about one that waited for approvals.
+
+    It becomes champion when it beats the present one on the same test set and the charter's approvals are in the ledger
+    (fedmat approve). The registration becomes an entry, and the evidence bundle is packed again.
+
+    Example:  fedmat register consortium.yaml
+    """
+    from fedmat import console, pipeline, places
+
+    where = home or places.workspace(consortium)
+    folder = places.find_run(run_id or str(consortium), where)
+    done = pipeline.publish(_finished(consortium, where, folder), tracking_uri)
+    if as_json:
+        console.write_json(pipeline.as_plain(done))
+        return
+    console.show_where([
+        ("model", f"{done.name} version {done.version}: {', '.join(done.aliases) or 'superseded'}"),
+        ("why", done.reason),
+        ("registry", done.tracking_uri),
+    ])  # fmt: skip
 
 
 @app.command()
@@ -419,3 +464,4 @@ def serve(
 
 app.command()(rehearse)
 app.command()(bench)
+app.command()(approve)

@@ -222,8 +222,8 @@ def audit_export(
     bundle: BundlePath,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write into.")] = Path("provenance"),
     formats: Annotated[
-        list[Literal["openlineage", "prov", "ro-crate"]] | None,
-        typer.Option("--format", help="Which, once or more often.", show_default="all"),
+        list[str] | None,
+        typer.Option("--format", help="openlineage, prov or ro-crate; once or more often.", show_default="all"),
     ] = None,
     audience: Annotated[
         Literal["members", "public"],
@@ -290,6 +290,7 @@ def _show(audit: Audit, answers: Sequence[Answer], as_json: bool) -> None:
     if as_json:
         console.write_json(_about(audit, verdict) | {"answers": [a.as_json() for a in answers]})
         _end(verdict)
+        return
     for answer in answers:
         _line(answer.verdict, answer.question)
         _said(answer.said)

@@ -55,7 +55,7 @@ SCHEMA = "fedmat/coalitions/1"
 TODAY = "2026-01-01"
 Conduct = Literal["honest", "zero", "again"]
 Metric = Literal["mae", "mse"]
-MADE_UP, TWIN = "rider", "twin"  # they come last in the alphabet of no consortium here; their names carry no weight
+MADE_UP, TWIN = "rider", "twin"  # names of members that some cases add
 FREE: dict[str, Conduct] = {"rider-noise": "honest", "rider-zero": "zero", "rider-again": "again"}
 DRAWS = 10  # settlements of one model, each with fresh noise
 

@@ -323,7 +323,7 @@ class Terms(Settings):
         {"ledger": "members", "metrics": "members", "model": "members"}, description="what is shown to whom"
     )
     credits_per_release: int = Field(1000, ge=1, le=10**12, description="credits that one settled model makes")
-    tiers: dict[str, int] = Field(default_factory=dict, description="tier of the registry's models -> its price in credits")
+    tiers: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict, description="tier of the registry's models -> its price in credits")
     priority_price: int = Field(1, ge=1, description="credits for one day of priority in serving")
 
     def needed(self, members: int) -> int:

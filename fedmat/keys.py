@@ -190,6 +190,8 @@ class Charter(Settings):
         if twice:
             raise ValueError(f"{', '.join(twice)} stands in the charter twice")
         for p in self.parties:
+            if (p.name, p.kind) == ("operator", "site"):
+                raise ValueError("no site is called operator: that is who keeps the ledger")
             if (p.kind == "site") == (p.name in ROLES) or (p.kind != "site" and p.kind != p.name):
                 raise ValueError(f"{p.name} cannot be of kind {p.kind}: a role is called by its kind, a site is not")
         owners = [p.organisation for p in self.parties if p.kind != "site"]

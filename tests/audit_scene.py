@@ -11,7 +11,7 @@ from typing import Any
 import ledger_scene
 from ledger_scene import Scene
 
-from fedmat import files, pipeline
+from fedmat import accounts, files, pipeline
 from fedmat.bundle import LEDGER, MANIFEST, Bundle
 from fedmat.domain import Evaluation
 from fedmat.federation.engine import InProcessEngine
@@ -33,9 +33,18 @@ def metrics(scene: Scene) -> None:
 
 def account(scene: Scene) -> None:
     """Writes a scene's run into its ledger."""
-    with InProcessEngine({s: ledger_scene._handler(scene, s) for s in scene.sites}) as engine:
+    there = files.read_json(scene.folder / "attestations.json")["attestations"]
+    with InProcessEngine({s: ledger_scene._handler(scene, s) for s in there}) as engine:
         pipeline.statements(scene.run, engine=engine)
     pipeline.account(scene.run, scene.clock())
+
+
+def packed(scene: Scene) -> Path:
+    """Signs a checkpoint over the ledger as it is, cosigned by the members it has, and packs the bundle again."""
+    here = scene.books.fold().sites
+    own = {s: k for s, k in pipeline._own_keys(scene.run).items() if s in here}
+    accounts.seal(scene.books, scene.clock(), own)
+    return accounts.pack(scene.books, scene.run.run_id or "", scene.folder)
 
 
 def told(plain: dict[str, Any]) -> Evaluation:
@@ -103,7 +112,7 @@ def payload(line: bytes) -> dict[str, Any]:
     return found
 
 
-def with_payload(line: bytes, **fields: Any) -> bytes:
+def with_payload(line: bytes, /, **fields: Any) -> bytes:
     """Returns an envelope that says something else, with the old signatures."""
     envelope = json.loads(line)
     envelope["payload"] = base64.b64encode(files.canonical_json({**payload(line), **fields})).decode()

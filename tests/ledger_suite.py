@@ -68,12 +68,12 @@ class LedgerContract:
 
     def test_an_empty_log_has_the_root_of_no_leaves(self, log: Log) -> None:
         assert (log.size, log.root(), list(log.read()), log.checkpoints()) == (0, merkle.EMPTY, [], ())
-        assert log.append([]) == range(0, 0)
+        assert log.append([]) == range(0)
         assert log.check() == ()
 
     def test_entries_come_back_in_order_and_byte_by_byte(self, log: Log) -> None:
         entries = [b"", b"\x00\xff", *some(70), "é".encode()]
-        assert log.append(entries[:1]) == range(0, 1)
+        assert log.append(entries[:1]) == range(1)
         assert log.append(entries[1:40]) == range(1, 40)
         assert log.append(entries[40:]) == range(40, len(entries))
         assert list(log.read()) == entries
@@ -239,19 +239,19 @@ class LedgerContract:
     def test_check_names_the_first_entry_whose_bytes_were_changed(self, log: Log) -> None:
         log.append(some(50))
         log.sign_checkpoint("operator", OPERATOR)
-        self._tamper(log, "UPDATE entry SET data = (SELECT data FROM entry WHERE \"index\" = 0) WHERE \"index\" IN (17, 30)")
+        self._tamper(log, 'UPDATE entry SET data = (SELECT data FROM entry WHERE "index" = 0) WHERE "index" IN (17, 30)')
         tree, checkpoint = log.check()
         assert (tree.place, tree.reason) == ("entry 17", "forked_log")
         assert (checkpoint.place, checkpoint.reason) == ("checkpoint of 50 entries", "forked_log")
 
     def test_check_names_the_leaf_that_was_changed(self, log: Log) -> None:
         log.append(some(50))
-        self._tamper(log, "UPDATE entry SET leaf = (SELECT leaf FROM entry WHERE \"index\" = 0) WHERE \"index\" = 31")
+        self._tamper(log, 'UPDATE entry SET leaf = (SELECT leaf FROM entry WHERE "index" = 0) WHERE "index" = 31')
         assert [(f.place, f.reason) for f in log.check()] == [("entry 31", "forked_log")]
 
     def test_check_names_the_hash_that_was_changed(self, log: Log) -> None:
         log.append(some(50))
-        self._tamper(log, "UPDATE node SET hash = (SELECT leaf FROM entry WHERE \"index\" = 0) WHERE level = 2 AND \"index\" = 5")
+        self._tamper(log, 'UPDATE node SET hash = (SELECT leaf FROM entry WHERE "index" = 0) WHERE level = 2 AND "index" = 5')
         (found,) = log.check()
         assert (found.place, found.reason) == ("entries 20 to 23", "forked_log")
 
@@ -259,7 +259,7 @@ class LedgerContract:
     def test_check_names_the_entry_that_was_removed(self, log: Log, index: int) -> None:
         log.append(some(50))
         log.sign_checkpoint("operator", OPERATOR)
-        self._tamper(log, f"DELETE FROM entry WHERE \"index\" = {index}")
+        self._tamper(log, f'DELETE FROM entry WHERE "index" = {index}')
         found = log.check()
         if index == 49:  # the last one: only the checkpoint tells
             assert ("checkpoint of 50 entries", "truncated_log") in {(f.place, f.reason) for f in found}
@@ -269,13 +269,13 @@ class LedgerContract:
 
     def test_check_names_what_the_lookup_lacks(self, log: Log) -> None:
         log.append(some(50))
-        self._tamper(log, "DELETE FROM lookup WHERE \"index\" = 4")
+        self._tamper(log, 'DELETE FROM lookup WHERE "index" = 4')
         assert [(f.place, f.reason) for f in log.check()] == [("lookup", "damaged_log")]
 
     def test_no_checkpoint_is_signed_that_does_not_go_on_from_the_last(self, log: Log) -> None:
         log.append(some(6))
         log.sign_checkpoint("operator", OPERATOR)
-        self._tamper(log, "UPDATE node SET hash = (SELECT leaf FROM entry WHERE \"index\" = 0) WHERE level = 1 AND \"index\" = 2")
+        self._tamper(log, 'UPDATE node SET hash = (SELECT leaf FROM entry WHERE "index" = 0) WHERE level = 1 AND "index" = 2')
         log.append([b"more"])
         assert reason(log.sign_checkpoint, "operator", OPERATOR) == "forked_log"
 
@@ -292,6 +292,24 @@ class LedgerContract:
             assert log.check() == ()
         for at in range(0, 120, 5):  # no batch has another one's entry in between
             assert len({entry.rsplit(b" ", 1)[0] for entry in entries[at : at + 5]}) == 1
+
+    def test_who_reads_while_another_appends_sees_one_log(self, log: Log, where: str) -> None:
+        """Enough entries for the lookup's runs to be merged while they are searched."""
+        log.append([b"first"])
+        process = writer(where, "busy", 60, 500)
+        looks = 0
+        while process.poll() is None or looks < 3:
+            looks += 1
+            assert log.find(b"first") == 0
+            size = log.size
+            assert log.find(leaf=merkle.leaf_hash(next(log.read(size - 1, size)))) == size - 1
+            assert merkle.verify_consistency(1, size, log.consistency(1, size), log.root(1), log.root(size))
+            if looks % 10 == 1:
+                log.sign_checkpoint("operator", OPERATOR)
+                assert log.check() == ()
+        assert process.communicate()[0].split()[-1] == "30001"
+        assert process.returncode == 0
+        assert log.check() == ()
 
     KILLS = 6
 

@@ -18,7 +18,7 @@ import yaml
 from test_governance import digest
 from typer.testing import CliRunner, Result
 
-from fedmat import cli_keys, cli_ledger, keys
+from fedmat import bundle, cli_keys, cli_ledger, keys
 from fedmat.cli_consortium import consortium_app, spoken
 from fedmat.cli_keys import keys_app
 from fedmat.commands import Group
@@ -481,13 +481,13 @@ def test_what_too_few_members_have_seen_is_not_evidenced(offices: Offices) -> No
         ("bad_checkpoint", lambda lines: [*lines, lines[-1]]),
     ],
 )
-def test_a_changed_file_is_refused_with_the_line_named(
+def test_a_changed_file_is_refused_with_the_place_named(
     offices: Offices, said: str, change: Callable[[list[bytes]], list[bytes]]
 ) -> None:
     lines = offices.export.read_bytes().splitlines()
     offices.export.write_bytes(b"\n".join(change(lines)) + b"\n")
     found = fedmat("ledger", "verify", offices.export)
-    assert found.exit_code == 6 and said in plain(found) and "line" in plain(found)
+    assert found.exit_code == 6 and said in plain(found) and re.search(r"line \d|checkpoint \d", plain(found))
 
 
 def test_forged_and_replayed_entries_stay_out_of_the_ledger(offices: Offices, clock: Clock) -> None:
@@ -539,6 +539,18 @@ def test_what_is_no_ledger_is_said_to_be_none(offices: Offices, tmp_path: Path) 
     refused(5, "no ledger", "ledger", "show", tmp_path / "x.db")
     keys_of = ("--folder", offices.folder / "nobody")
     refused(5, "public entries", "approve", "r1", *keys_of, "--ledger", offices.export)
+
+
+def test_the_ledger_is_read_from_a_bundle_too(offices: Offices, clock: Clock, tmp_path: Path) -> None:
+    o = offices
+    o.run(clock)
+    o.witness("forge", "mill")
+    (tmp_path / "run").mkdir()
+    about = {"consortium": "small-alloys", "run": "r1"}
+    packed = bundle.pack(tmp_path / "run", o.export.read_bytes(), {}, **about, out=tmp_path / "evidence.zip")
+    assert answer("ledger", "verify", packed) == answer("ledger", "verify", o.export)
+    shutil.unpack_archive(packed, tmp_path / "unpacked")
+    assert answer("credits", "balance", "--ledger", tmp_path / "unpacked")["minted"] == 1000
 
 
 def test_the_ledger_may_be_named_by_the_environment(offices: Offices, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,11 @@ def test_a_settlement_without_an_error_for_every_share_makes_no_credits(errors: 
     refused(Credits(), "bad_mint", mint({"ash": 500, "birch": 500}), basis=worth({"ash": 1.0, "birch": 1.0}, errors))
 
 
+def test_a_look_at_single_rounds_makes_no_credits_and_retraining_does() -> None:
+    refused(Credits(), "bad_mint", mint({"ash": 1000}), basis=worth({"ash": 1.0}, method="gram"))
+    assert credits.due(worth({"ash": 1.0}, {}, method="retrained"), TERMS) == {"ash": 1000}
+
+
 @given(st.dictionaries(st.sampled_from(SITES), st.floats(-1, 1), min_size=1), st.integers(1, 10**6))
 def test_what_is_minted_is_all_or_nothing_and_follows_the_shares(shares: dict[str, float], total: int) -> None:
     found = credits.due(worth(shares), Terms(credits_per_release=total))

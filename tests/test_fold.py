@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -34,6 +34,7 @@ from fedmat.ledger.fold import Fold, stamp
 
 START = datetime(2026, 3, 2, 8, 0, 0, tzinfo=UTC)
 UNTIL = date(2027, 3, 2)
+E = TypeVar("E")
 D = {c: c * 64 for c in "0123456789abcdef"}
 
 
@@ -56,7 +57,7 @@ class Life:
         self.clock += later
         return stamp(self.clock)
 
-    def make(self, type_: Callable[..., Any], by: str = "operator", **fields: Any) -> Any:
+    def make(self, type_: Callable[..., E], by: str = "operator", **fields: Any) -> E:
         return type_(**{"consortium": "grove", "by": by, "time": self.now(), **fields})
 
     def add(self, entry: Any, *signers: str) -> Any:
@@ -200,6 +201,25 @@ def test_a_back_dated_entry_of_another_party_is_named() -> None:
     life.add(life.plan())
     entry = life.dataset("elm").model_copy(update={"time": stamp(START - timedelta(days=2))})
     life.refused("clock_backwards", entry)
+
+
+def test_signatures_of_several_companies_may_take_their_time() -> None:
+    life = Life()
+    proposed = join(life)
+    life.clock += timedelta(days=20)
+    life.add(life.plan())
+    life.add(proposed, "operator", "yew", "elm", "oak")
+    life.clock += timedelta(days=31)
+    life.add(life.plan("r2"))
+    late = life.make(PodEntry, name="salts", members=("elm",), task="x").model_copy(update={"time": proposed.time})
+    life.refused("clock_backwards", late, "operator", "elm")
+
+
+def test_nobody_takes_a_departed_name_and_its_credits() -> None:
+    life = Life()
+    life.add(life.make(DepartureEntry, by="fir", site="fir", datasets=()), "operator", "fir")
+    taken = life.make(MembershipEntry, party=life.keys["yew"].public("site", "Yew", UNTIL).model_copy(update={"name": "fir"}))
+    life.refused("conflicting_entry", taken, "operator", "yew", "elm", "oak")
 
 
 def test_a_key_counts_from_the_entry_that_brings_it_to_the_one_that_replaces_it() -> None:

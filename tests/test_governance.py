@@ -164,9 +164,8 @@ def test_an_operator_with_the_key_of_a_member_or_its_name_is_refused() -> None:
     twin = PartyKeys("operator", "x25519", ash.signing, PartyKeys.new("operator").sealing)
     with pytest.raises(ConfigError, match="the operator signs with the key of ash"):
         governance.charter(world.config, world.parties, twin.public("operator", "Hub", UNTIL), NOW)
-    names = keys.charter("woods", "x25519", [*world.parties.parties, world.keys["operator"].public("site", "Hub", UNTIL)])
-    with pytest.raises(ConfigError, match="a site is called operator"):
-        governance.charter(world.config, names, world.party("operator"), NOW)
+    with pytest.raises(ValueError, match="no site is called operator"):
+        keys.charter("woods", "x25519", [*world.parties.parties, world.keys["operator"].public("site", "Hub", UNTIL)])
 
 
 def test_the_key_charter_takes_no_operator() -> None:
@@ -535,6 +534,9 @@ def test_a_whole_ledger_is_verified_with_its_checkpoints(woods: Woods) -> None:
         ("foreign_bundle", lambda w: (w.log, [note(w, 2).replace("fedmat/woods\n2", "fedmat/hills\n2")], "fedmat/woods")),
         ("bad_signature", lambda w: (w.log, [note(w, 2, signer="ash")], "fedmat/woods")),
         ("unknown_signer", lambda w: (w.log, [note(w, 2, "elm")], "fedmat/woods")),
+        ("bad_checkpoint", lambda w: (w.log, [note(w, 2), note(w, 1)], "fedmat/woods")),
+        ("bad_checkpoint", lambda w: (w.log, [note(w, 2)[:-9]], "fedmat/woods")),
+        ("unknown_signer", lambda w: (w.log, [note(w, 2, "ash").replace("woods/ash ", "woods/birch ")], "fedmat/woods")),
         ("truncated_log", lambda w: ([], [], "fedmat/woods")),
         ("truncated_log", lambda w: (w.log[1:], [], "fedmat/woods")),
     ],

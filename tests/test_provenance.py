@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import platform
 import re
 import shutil
 import socket
@@ -466,7 +467,13 @@ def test_the_same_ledger_gives_the_same_bytes(exported: Exported, tmp_path: Path
     assert everything(tmp_path) == everything(exported.out)
 
 
-def test_no_export_has_a_word_of_people_a_path_a_host_or_a_record_in_it(exported: Exported, tmp_path: Path) -> None:
+def test_no_export_has_a_word_of_people_a_path_a_host_or_a_record_in_it(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = "kiln-controller-5"
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    monkeypatch.setattr(platform, "node", lambda: host)
+
     def planted(node: Any) -> Any:
         told = dict(node.attributes)
         for key in ("name", "reason", "detail", "version", "contract_version") if node.kind != "registration" else ():

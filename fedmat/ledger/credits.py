@@ -223,8 +223,11 @@ def due(
         where: for messages.
 
     Raises:
-        ProtocolError: bad_mint: the errors are not one of each share, or a settlement states none.
+        ProtocolError: bad_mint: a look at single rounds (gram) is no basis for credits; the errors are not one of each share, or a
+            settlement states none.
     """
+    if basis.method == "gram":
+        raise ProtocolError("bad_mint", f"{where}: mints from a look at single rounds", fix="settle the release: fedmat settle")
     sites = sorted(basis.shares)
     if (basis.errors or basis.method == "settlement") and sorted(basis.errors) != sites:
         raise ProtocolError("bad_mint", f"{where}: mints from a contribution that does not give every share's error")

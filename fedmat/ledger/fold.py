@@ -47,9 +47,11 @@ from fedmat.ledger.entries import (
 )
 
 SKEW = timedelta(days=1)  # between clocks of honest parties; an entry older than that, put at the end, is back-dated
+COLLECTING = timedelta(days=30)  # while signatures of several companies are collected, others go on
 _BY_OPERATOR = (
     PlanEntry, ExclusionEntry, AggregateEntry, EvaluationEntry, RegistrationEntry, ContributionEntry, MintEntry,
 )  # fmt: skip
+_BY_SEVERAL = (CharterEntry, MembershipEntry, DepartureEntry, PodEntry)
 CHAMPION = "champion"
 
 
@@ -200,7 +202,8 @@ class Fold:
             self._signed(entry, envelope, where)
         self._take(Placed(self.size, entry), where)
         self._latest = max(self._latest, entry.time)
-        self._last[entry.by] = entry.time
+        if not isinstance(entry, _BY_SEVERAL):
+            self._last[entry.by] = entry.time
         self._payloads[envelope.payload_sha256] = self.size
         self.size += 1
         return entry
@@ -208,12 +211,16 @@ class Fold:
     # --- signatures and times --------------------------------------------------------------------------------------
 
     def _in_time(self, entry: Any, where: str) -> None:
+        several = isinstance(entry, _BY_SEVERAL)  # dated when it was proposed
         before = self._last.get(entry.by, "")
-        if entry.time < before:
+        if not several and entry.time < before:
             raise ProtocolError("clock_backwards", f"{where}: {entry.by} signs at {entry.time}, after it signed at {before}")
-        if _time(entry.time, where) < _time(self._latest, where) - SKEW:
+        allowed = COLLECTING if several else SKEW
+        if _time(entry.time, where) < _time(self._latest, where) - allowed:
             raise ProtocolError(
-                "clock_backwards", f"{where}: dated {entry.time}, more than a day before an earlier entry ({self._latest})"
+                "clock_backwards",
+                f"{where}: dated {entry.time}, more than {allowed.days} days before an earlier entry ({self._latest})",
+                fix="propose it anew and sign it again",
             )
 
     def _signed_by_all(self, entry: CharterEntry, envelope: dsse.Envelope, where: str) -> None:
@@ -236,6 +243,11 @@ class Fold:
         elif isinstance(entry, MembershipEntry):
             if entry.party.name in self.parties or entry.party.kind != "site":
                 raise ProtocolError("conflicting_entry", f"{where}: {entry.party.name} is a party already, or no site")
+            if self.organisations().get(entry.party.name, entry.party.organisation) != entry.party.organisation:
+                raise ProtocolError(
+                    "conflicting_entry", f"{where}: {entry.party.name} was the name of another organisation's site, whose credits it has",
+                    fix="join under another name",
+                )  # fmt: skip
             parties[entry.party.name] = entry.party
             needed, quorum = {OPERATOR, entry.party.name}, True
         elif isinstance(entry, DepartureEntry):

@@ -5,9 +5,10 @@ processes take turns. Triggers of the database refuse to change or remove a row;
 why :meth:`Log.check` computes everything again and members keep checkpoints. Refuses to know: what an entry says, and the clock.
 
 Tables: ``meta`` (the origin), ``entry`` (index, leaf, bytes), ``node`` (hashes of full subtrees from level 1), ``checkpoint``
-and ``cosignature``; ``lookup`` finds an entry by its leaf and can be rebuilt from ``entry``. It is not a unique index, which
-would have to change as many pages as there are entries in a batch, four times as slow at a million entries. It holds sorted
-runs of growing length: run n of tier t covers the entries from n * 4096 * 4**t on, and four runs become one of the next tier.
+and ``cosignature``; ``lookup`` finds an entry by its leaf and can be rebuilt from ``entry``. It is not a unique index: that
+changes about as many pages as there are entries in a batch, and at 300,000 entries a table took batches at a quarter of its
+rate with one, at three fifths with this. It holds sorted runs of growing length: run n of tier t covers the entries from
+n * 4096 * 4**t on, and four runs become one of the next tier.
 
 References:
     RFC 9162, section 2.1 (the tree). SQLite: "Write-Ahead Logging", "PRAGMA synchronous". PostgreSQL: "Explicit Locking",
@@ -176,7 +177,7 @@ class Log:
             edge = merkle.Frontier(size, self._hashes(db, merkle.cover(0, size)))
             completed = edge.extend(leaves)
             self._insert(db, _ENTRY, [(size + i, leaf, data) for i, (leaf, data) in enumerate(zip(leaves, datas))])
-            self._insert(db, _NODE, completed)
+            self._insert(db, _NODE, sorted(completed))  # level by level, as the table keeps them
             self._index(db, size, leaves)
         return range(size, size + len(leaves))
 
@@ -295,11 +296,10 @@ class Log:
             The first place where entries or hashes differ, every checkpoint that is not of this log (its root; signatures
             need keys: :func:`fedmat.ledger.export.structure`), and whether the lookup is whole. Nothing: all is well.
         """
-        with self._reading() as db:
-            size = _size(db)
         roots: dict[int, tuple[str, bytes]] = {}
         findings: list[Finding] = []
-        for note in self.checkpoints():
+        checkpoints, size = self.checkpoints(), self.size  # in this order: others may append while this runs
+        for note in checkpoints:
             try:
                 origin, at, root = notes.read(notes.parse(note).body)
             except ProtocolError as error:
@@ -317,6 +317,7 @@ class Log:
             elif seen.get(at) != root:
                 findings.append(Finding(place, "the entries do not give its root", "forked_log"))
         with self._reading() as db:
+            size = _size(db)  # as of now
             there = db.execute(sa.select(sa.func.count()).select_from(_LOOKUP)).scalar_one()
             if there != size:
                 findings.append(Finding("lookup", f"{there} of {size} entries are in it", "damaged_log"))
@@ -393,7 +394,10 @@ class Log:
 
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
+        """A transaction that sees one state of the log, whoever appends meanwhile."""
         with self._own_errors(), self._engine.connect() as db, db.begin():
+            if self._postgres:
+                db.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
             yield db
 
     @contextmanager
@@ -604,7 +608,7 @@ def _engine(url: sa.URL) -> sa.Engine:
     @sa.event.listens_for(engine, "connect")
     def _connected(connection: Any, record: object) -> None:
         connection.isolation_level = None  # transactions begin below, not where the driver thinks they should
-        for setting in ("journal_mode = WAL", "synchronous = FULL", "cache_size = -65536", "wal_autocheckpoint = 16000"):
+        for setting in ("journal_mode = WAL", "synchronous = FULL", "cache_size = -32768", "wal_autocheckpoint = 16000"):
             connection.execute(f"PRAGMA {setting}")
 
     @sa.event.listens_for(engine, "begin")
@@ -633,6 +637,8 @@ def _guards(postgres: bool) -> Iterator[str]:
     for table in _KEPT:
         for verb in ("UPDATE", "DELETE"):
             yield f"CREATE TRIGGER {table.name}_no_{verb.lower()} BEFORE {verb} ON {table.name} {refuse}"
+        if table is _ENTRY:
+            continue  # below
         # REPLACE removes rows without asking the trigger above
         same = " AND ".join(f'"{c.name}" = NEW."{c.name}"' for c in table.primary_key.columns)
         there = f"EXISTS (SELECT 1 FROM {table.name} WHERE {same})"

@@ -77,26 +77,35 @@ def examine(datas: Sequence[bytes], checkpoints: Sequence[str], named: str) -> E
 
     Args:
         datas: the entries' envelopes.
-        checkpoints: notes with their cosignatures.
+        checkpoints: notes with their cosignatures, smallest first.
         named: origin that the log gives itself.
 
     Raises:
         ProtocolError: the first thing that is wrong, with its place: as :meth:`Fold.apply`, truncated_log (a checkpoint is of more
             entries), forked_log (of other ones), foreign_bundle, bad_checkpoint, bad_signature.
     """
-    by_size: dict[int, list[str]] = {}
-    for note in checkpoints:
-        name, size, _ = notes.read(notes.parse(note).body)
+    by_size: dict[int, str] = {}
+    last = 0
+    for number, note in enumerate(checkpoints, start=1):
+        try:
+            name, size, _ = notes.read(notes.parse(note).body)
+        except ProtocolError as error:
+            raise entries.placed(error, f"checkpoint {number}") from None
         if size > len(datas):
-            raise ProtocolError("truncated_log", f"a checkpoint is of {size} entries, and there are {len(datas)}")
+            raise ProtocolError("truncated_log", f"checkpoint {number} is of {size} entries, and there are {len(datas)}")
+        if size <= last:
+            raise ProtocolError("bad_checkpoint", f"checkpoint {number} is of {size} entries, the one before it of {last}")
         if name != named:
-            raise ProtocolError("foreign_bundle", f"a checkpoint of {size} entries is of {name}, the ledger of {named}")
-        by_size.setdefault(size, []).append(note)
+            raise ProtocolError(
+                "foreign_bundle", f"checkpoint {number}, of {size} entries, is of {name}, the ledger of {named}"
+            )
+        by_size[size], last = note, size
     fold, edge, sealed = Fold(), merkle.Frontier(), []
     for data in datas:
         fold.apply(data)
         edge.extend([merkle.leaf_hash(data)])
-        sealed += [_sealed(note, fold, edge.root()) for note in by_size.get(fold.size, ())]
+        if fold.size in by_size:
+            sealed.append(_sealed(by_size[fold.size], fold, edge.root()))
     if fold.size == 0:
         raise ProtocolError("truncated_log", "the ledger has no entry, a charter is the first")
     if named != origin(fold.consortium):

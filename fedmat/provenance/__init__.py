@@ -13,8 +13,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import rfc8785
-
 from fedmat import files
 from fedmat.bundle import Bundle
 from fedmat.errors import ConfigError
@@ -84,7 +82,7 @@ def write(
     for name in wanted:
         if name == "openlineage":
             written[name] = folder / EVENTS
-            lines = (rfc8785.dumps(event) + b"\n" for event in openlineage(graph, bundle))
+            lines = (files.canonical_json(event) + b"\n" for event in openlineage(graph, bundle))
             files.write_atomic(written[name], b"".join(lines))
         elif name == "prov":
             from fedmat.provenance import w3c

@@ -123,7 +123,7 @@ def _event(story: Story, s: Step, state: RunState, time: str) -> RunEvent:
         OutputDataset(*_dataset(story, t), facets=_facets(story, s, t), outputFacets=_statistics(story.things[t])) for t in made
     ]
     return RunEvent(
-        eventType=state, eventTime=time, producer=PRODUCER, run=Run(story.uuid(s.job), _run_facets(story, s, state)),
+        eventType=state, eventTime=time, producer=PRODUCER, run=Run(story.uuid(s.id), _run_facets(story, s, state)),
         job=Job(*_job(story, s), _job_facets(s)), inputs=inputs, outputs=outputs,
     )  # fmt: skip
 

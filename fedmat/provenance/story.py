@@ -65,7 +65,8 @@ _TOLD: Mapping[str, tuple[str, ...]] = {
     "approval": ("approves",),
     "exclusion": ("round", "why", "reason"),
 }
-_WORD = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._+-]{0,63})?$")  # a rule is called mean/sgd
+_PART = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}"
+_WORD = re.compile(rf"^{_PART}(( \+ (server )?|/){_PART}){{0,2}}$")  # a rule is called "weighted-mean + server momentum"
 _SHOWN = 12  # digits of a digest in a name
 
 

@@ -60,8 +60,9 @@ def document(story: Story) -> ProvDocument:
             doc.wasAttributedTo(name[t.id], name[t.owner])
     for s in story.steps:
         doc.activity(name[s.id], None, None, _step(doc, s))
+    stated = frozenset(story.derived)
     for s in story.steps:
-        _relations(doc, story, s, name)
+        _relations(doc, story, s, name, stated)
     for later, earlier in story.derived:
         doc.wasDerivedFrom(name[later], name[earlier])
     for statement, target in story.about:
@@ -116,7 +117,7 @@ def _word(entry: int, by: str, time: str) -> dict[str, Any]:
     return {f"{TERMS_PREFIX}:entry": entry, f"{TERMS_PREFIX}:signed_by": by, f"{TERMS_PREFIX}:stated": time}
 
 
-def _relations(doc: Any, story: Story, s: Step, name: dict[str, str]) -> None:
+def _relations(doc: Any, story: Story, s: Step, name: dict[str, str], stated: frozenset[tuple[str, str]]) -> None:
     me = name[s.id]
     plan = next((name[u] for u in s.used if story.things[u].kind in _PLANS), None)
     if s.agent in name:
@@ -132,6 +133,6 @@ def _relations(doc: Any, story: Story, s: Step, name: dict[str, str]) -> None:
         left = story.things[id].left
         doc.wasGeneratedBy(name[id], me, datetime.fromisoformat(left) if left else None)
         for source in s.used:
-            known = (id, source) in story.derived
+            known = (id, source) in stated
             if s.job != "register" and not known and story.things[source].kind not in _NOT_DERIVED_FROM:
                 doc.wasDerivedFrom(name[id], name[source], me)
