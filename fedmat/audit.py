@@ -505,13 +505,17 @@ class Audit:
         book, placed = self.verified.books.get(site), run.egress.get(site)
         if book is None or placed is None:
             return self._nothing("spent", question, f"there is no {egress_file(site)} that {site} signed for", run)
-        spent = [n["epsilon"] for n in book if n["epsilon"] is not None]
+        spent: dict[str, float] = {}  # updates and settlements have budgets of their own, and a book tells what is spent so far
+        for line in book:
+            if line["epsilon"] is not None:
+                spent[line["kind"]] = max(line["epsilon"], spent.get(line["kind"], 0.0))
         value = {
-            "epsilon": max(spent, default=None), "filters": sorted({f for n in book for f in n["filters"]}),
+            "epsilon": spent, "filters": sorted({f for n in book for f in n["filters"]}),
             "clauses": sorted({n["clause"] for n in book if n["clause"]}),
             "policies": sorted({n["policy_sha256"] for n in book if n["policy_sha256"]}),
         }  # fmt: skip
-        said = f"epsilon {value['epsilon']:g} after the last object" if spent else "no budget is kept: nothing was noised"
+        each = ", ".join(f"epsilon {e:g} with {kind}" for kind, e in spent.items())
+        said = each or "no budget is kept: nothing was noised"
         said += f"; under {', '.join(value['clauses'])}" if value["clauses"] else "; no policy was asked"
         return self._answer(
             "spent", question, said, value, [placed], run, (f"egress:{site}",), [],

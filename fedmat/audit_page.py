@@ -75,11 +75,18 @@ def _about(entry: Any) -> str:
 def table(value: Any) -> tuple[list[str], list[list[str]]]:
     """Returns columns and rows of an answer's value, as text: a list of rows, or fields one below the other."""
     if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
+        value = [_counted_from_one(row) if "destination" in row else row for row in value]
         columns = list(dict.fromkeys(k for row in value for k in row))
         return columns, [[text(row.get(c)) for c in columns] for row in value]
     if isinstance(value, Mapping):
         return ["", "value"], [[str(k), text(v)] for k, v in value.items()]
     return [], []
+
+
+def _counted_from_one(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a line of an egress ledger as people count lines and rounds."""
+    told = {k: v for k, v in line.items() if k != "n"}
+    return {"line": line["n"] + 1, **told, "round": line["round"] + 1 if line["round"] >= 0 else None}
 
 
 def text(value: Any) -> str:
@@ -145,7 +152,7 @@ def drawing(audit: Audit) -> str:
             1, dataset_id(e.dataset_sha256), f"{site} {e.version}".strip(), f"dataset {e.dataset_sha256}, entry {placed.index}"
         )
         for source, sha256 in sorted(e.sources.items()):
-            links.append((dataset, box(0, f"source:{sha256}", source, f"raw file {sha256}, entry {placed.index}")))
+            links.append((dataset, box(0, f"source:{sha256}@{site}", source, f"raw file {sha256}, entry {placed.index}")))
         features = box(2, f"features@{site}", f"features of {site}", f"features {e.features_sha256}, entry {placed.index}")
         links.append((features, dataset))
         signed = sorted(n for n, s in run.updates if s == site)
@@ -172,7 +179,15 @@ def drawing(audit: Audit) -> str:
             )
             for node in _stated(graph, model, name):
                 links.append(
-                    (box(6, node.id, node.label, f"{node.kind}, entry {node.evidence}, signed by {node.signed_by}"), model)
+                    (
+                        box(
+                            6,
+                            node.id,
+                            node.label.removeprefix(f"{name}: "),
+                            f"{node.kind}, entry {node.evidence}, signed by {node.signed_by}",
+                        ),
+                        model,
+                    )
                 )
     return _svg(columns, links, name)
 

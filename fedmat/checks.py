@@ -721,7 +721,8 @@ def _updates(v: Verified, run: RunEntries) -> None:
         closed = run.aggregates.get(number)
         if closed is None or site not in closed.entry.updates:
             what = f"{site} signed for an update of round {number + 1}, and the round's entry does not name it"
-            v.add(f"update:{number}/{site}", REFUTED, f"entry {placed.index}", what, "contradiction")
+            verdict = UNKNOWN if closed is None and v.cut else REFUTED
+            v.add(f"update:{number}/{site}", verdict, f"entry {placed.index}", what, "contradiction")
 
 
 def _exclusions(v: Verified, run: RunEntries) -> None:

@@ -5,9 +5,10 @@ Refuses to know: updates, records, who is who beyond a name to put into words. N
 the sum over a coalition and the sum with one site more would give that site's update away, so a coalition's worth is
 always worked out from quadratic forms.
 
-Two looks. ``gram_shapley`` tells per round what each update did to the reference rows: cheap, good at telling bad from good,
-a poor guide to what retraining without a site would lose where sites are nearly equal. ``head_shapley`` retrains the last layer for
-every coalition out of sums of moments, once per release: that is the one to settle by.
+Two looks. ``gram_shapley`` tells per round what each update did to the reference rows: cheap, good at telling bad from good records,
+as good as its rows; an update of zeros can look useful where others overshoot. ``head_shapley`` retrains the last layer for
+every coalition out of sums of moments, once per release: that is the one to settle by, where there are rows enough
+(docs/shapley-benchmark.md).
 
 Shares are worth what the reference rows are worth: a site whose materials they lack contributes nothing that is seen here.
 

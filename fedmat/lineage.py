@@ -343,7 +343,8 @@ class _Maker:
         )  # fmt: skip
         self.edge(dataset, "attributed_to", site_id(e.by), placed)
         for name, sha256 in sorted(e.sources.items()):
-            source = self.add(f"source:{sha256}", "source", sha256, f"{e.by}: {name}", placed, site=e.by, name=name)
+            # of the site: two sites that hold the same file do not hand it to each other
+            source = self.add(f"source:{sha256}@{e.by}", "source", sha256, f"{e.by}: {name}", placed, site=e.by, name=name)
             self.edge(source, "attributed_to", site_id(e.by), placed)
             self.edge(dataset, "derived_from", source, placed)
         features = self.add(

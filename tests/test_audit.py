@@ -579,7 +579,7 @@ def test_after_a_departure_a_model_without_the_site_is_proved_free(tmp_path: Pat
 # --- the laws of a bundle --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_flipped_byte_leaves_everything_proved(data: st.DataObject, bundle: Bundle, anchor: str) -> None:
     name = data.draw(st.sampled_from(sorted(bundle.contents)))
@@ -599,7 +599,7 @@ def test_no_flipped_byte_leaves_everything_proved(data: st.DataObject, bundle: B
     assert worst(c.verdict for c in verify(found, anchor)) != PROVED
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_bundle_packed_again_with_one_byte_changed_is_found_too(data: st.DataObject, bundle: Bundle, anchor: str) -> None:
     """Of what an entry fixes; a list that the forger made again vouches for nothing."""

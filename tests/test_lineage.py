@@ -152,5 +152,16 @@ def test_a_left_out_update_that_a_rule_saw_counts_as_looked_at(found: Scene) -> 
     assert relation == {"considered"}
 
 
+def test_two_sites_that_hold_the_same_raw_file_are_not_each_others_source(found: Scene) -> None:
+    fold = found.books.fold()
+    run = fold.runs["r2"]
+    for site, placed in run.datasets.items():
+        run.datasets[site] = type(placed)(placed.index, placed.entry.model_copy(update={"sources": {"lab": "a" * 64}}))
+    graph = Graph.of(fold)
+    mine = {n.attributes["site"] for n in graph.descendants(site_id(SITE), "dataset", "source", "features")}
+    assert mine == {SITE}
+    assert {n.digest for n in graph.of_kind("source") if n.digest == "a" * 64} == {"a" * 64}
+
+
 def test_the_home_of_no_data_is_in_the_graph(found: Scene, graph: Graph, tmp_path: Path) -> None:
     assert str(found.home) not in str(graph.as_json())
