@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -44,9 +44,6 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(audit_app, name="audit")
 app.add_typer(credits_app, name="credits")
-
-if TYPE_CHECKING:
-    from fedmat.pipeline import Run
 
 Orchestrated = Annotated[
     Literal["auto", "prefect", "none"],
@@ -236,14 +233,6 @@ def report(
     console.show_where([("report", console.show_path(path))])
 
 
-def _finished(consortium: Path, where: Path, folder: Path) -> Run:
-    """Returns a run as it was made, with its own number of rounds."""
-    from fedmat import files, pipeline, places
-
-    rounds = int(files.read_json(folder / places.PLAN)["settings"]["rounds"])
-    return pipeline.open_run(consortium, home=where, run_id=folder.name, rounds=rounds)
-
-
 @app.command()
 def settle(
     consortium: Consortium,
@@ -261,7 +250,7 @@ def settle(
     from fedmat import console, pipeline, places
 
     where = home or places.workspace(consortium)
-    opened = _finished(consortium, where, places.find_run(run_id or str(consortium), where))
+    opened = pipeline.finished(consortium, where, places.find_run(run_id or str(consortium), where))
     folder = opened.folder
     with console.working("asking sites and the Auditor"):
         found = pipeline.settle(opened)
@@ -305,7 +294,7 @@ def register(
 
     where = home or places.workspace(consortium)
     folder = places.find_run(run_id or str(consortium), where)
-    done = pipeline.publish(_finished(consortium, where, folder), tracking_uri)
+    done = pipeline.publish(pipeline.finished(consortium, where, folder), tracking_uri)
     if as_json:
         console.write_json(pipeline.as_plain(done))
         return

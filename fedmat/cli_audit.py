@@ -1,19 +1,21 @@
-"""The commands of an auditor: ``fedmat audit verify | why | who | what-left | impact | history | replay | page | export``.
+"""The commands of an auditor: ``fedmat audit verify | why | who | what-left | impact | history | replay | page | export | bundle``.
 
 Knows: what an auditor types and how answers read on a terminal. Refuses to know: how an answer is found (``fedmat.audit``).
-They read the bundle and nothing else: no network, no records, no workspace; ``replay`` alone runs code, where the data are.
+They read the bundle and nothing else: no network, no records, no workspace; ``replay`` alone runs code, where the data are, and
+``bundle`` is the operator's, who packs it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fedmat.commands import Group, Json
+from fedmat.commands import Group, Home, Json
 from fedmat.errors import ConfigError, NotEvidenced, ProtocolError
 
 if TYPE_CHECKING:
@@ -41,6 +43,39 @@ Digest = Annotated[
     ),
 ]  # fmt: skip
 Model = Annotated[str | None, typer.Option("--model", help="Digest, name or run of a model.", show_default="the bundle's")]
+
+
+@audit_app.command("bundle")
+def audit_bundle(
+    consortium: Annotated[Path, typer.Argument(metavar="CONSORTIUM", help="The consortium file.")],
+    run_id: Annotated[str | None, typer.Option(help="Which run.", show_default="the latest")] = None,
+    home: Home = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write.", show_default="evidence.zip in the run's folder")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Pack a finished run's evidence: the ledger, the run's files, what left every site. At the operator.
+
+    What the ledger lacks of the run is written first, and a checkpoint signed. Every run does this at its end; do it again after approvals
+    or cosignatures.
+
+    Example:  fedmat audit bundle consortium.yaml -o evidence.zip
+    """
+    from fedmat import console, files, pipeline, places
+
+    where = home or places.workspace(consortium)
+    folder = places.find_run(run_id or str(consortium), where)
+    done = pipeline.account(pipeline.finished(consortium, where, folder), datetime.now(UTC))
+    if out is not None:
+        files.write_atomic(out, done.bundle.read_bytes())
+    path = out or done.bundle
+    if as_json:
+        console.write_json({"run": done.run, "bundle": str(path), "entries": done.size, "new_entries": done.written})
+    else:
+        console.show_where(
+            [("bundle", console.show_path(path)), ("ledger", f"{done.size} entries, {done.written} of them new")]
+        )
 
 
 @audit_app.command("verify")

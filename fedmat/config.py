@@ -215,7 +215,7 @@ class ContributionSpec(Settings):
     settle_epsilon: float = Field(1.0, gt=0, description="fedmat settle: privacy per record of a site's moments at the Auditor")
     settle_delta: float = Field(1e-5, gt=0, lt=1)
     settle_dims: int = Field(12, ge=1, le=64, description="numbers the model's last hidden layer is projected to")
-    ridge: float = Field(1.0, gt=0, description="of the retrained last layer, in units of what covers the noise of all sites")
+    ridge: float = Field(1.0, gt=0, description="of the retrained last layer, in units of what covers the noise and 0.3 of a median player's rows")
 
 
 class PlanSettings(Settings):

@@ -199,6 +199,20 @@ def open_run(consortium_file: Path, *, home: Path | None = None, run_id: str | N
     return run
 
 
+def finished(consortium_file: Path, home: Path, folder: Path) -> Run:
+    """Returns a run as it was made, with its own number of rounds.
+
+    Args:
+        folder: the run's folder, below ``home``.
+
+    Raises:
+        ConfigError, PlanRefused: as :func:`open_run`.
+        StateError: the folder holds no plan.
+    """
+    rounds = int(files.read_json(folder / PLAN)["settings"]["rounds"])
+    return open_run(consortium_file, home=home, run_id=folder.name, rounds=rounds)
+
+
 # --- at each site ------------------------------------------------------------------------------------------------
 
 

@@ -29,8 +29,8 @@ from fedmat.domain import Dropout, RoundReport
 from fedmat.errors import FedmatError, PolicyRefused, ProtocolError, RoundFailed, ServiceError, StateError
 from fedmat.federation.engine import Failure, InProcessEngine
 from fedmat.federation.flare import System
-from fedmat.registry import Registered
 from fedmat.party import Party
+from fedmat.registry import Registered
 from flows import operate, run_all
 from flows.operate import Note, Patience, error_of, follow, place
 from flows.shared import ALERTS, Event, Step
