@@ -29,6 +29,7 @@ EVIDENCE = "evidence.zip"  # in a run's folder
 RUN_FILES = (
     PLAN, ATTESTATIONS, MATCHING, INTERVALS, ROUNDS, MODEL, EVALUATIONS, METRICS, SETTLEMENT, ENVIRONMENT, CONSORTIUM,
 )  # fmt: skip
+LARGEST = 4 * 2**30  # bytes of an unpacked bundle: they are read into memory
 _DAY_ONE = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip file can say: packing again gives the same bytes
 
 
@@ -152,7 +153,12 @@ def pack(run_folder: Path, ledger: bytes, egress: Mapping[str, bytes], *, consor
 def _unpacked(path: Path) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(path) as archive:
-            return {i.filename: archive.read(i) for i in archive.infolist() if not i.is_dir()}
+            there = [i for i in archive.infolist() if not i.is_dir()]
+            if len({i.filename for i in there}) != len(there):
+                raise StateError(f"{path}: holds two files of one name", fix="ask for the bundle again")
+            if sum(i.file_size for i in there) > LARGEST:
+                raise StateError(f"{path}: unpacks to more than {LARGEST >> 30} GiB", fix="ask for the bundle again")
+            return {i.filename: archive.read(i) for i in there}
     except FileNotFoundError:
         raise StateError(f"{path}: no such file", fix="name an evidence bundle, or a folder it was unpacked into") from None
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError):

@@ -338,7 +338,10 @@ def ledger_checkpoint(ledger: Database, folder: Keys, as_json: Json = False) -> 
 def ledger_verify(
     ledger: Annotated[str, typer.Argument(metavar="LEDGER", help="ledger.jsonl, an evidence bundle, or the database.")],
     charter: Annotated[
-        str | None, typer.Option(help="The charter's digest, as it was compared by telephone.", show_default="it is printed")
+        str | None,
+        typer.Option(
+            "--charter-digest", help="The charter's digest, as it was compared by telephone.", show_default="it is printed"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -347,7 +350,7 @@ def ledger_verify(
     Ends with 0 if all holds, 6 at the first thing that does not (its place is named), 8 if nothing is wrong but enough members'
     cosignatures under the whole ledger are not in hand: the operator could still show others another end of it.
 
-    Example:  fedmat ledger verify ledger.jsonl --charter "8d2f 11c0 ..."
+    Example:  fedmat ledger verify ledger.jsonl --charter-digest "8d2f 11c0 ..."
     """
     from fedmat import console
 

@@ -215,7 +215,11 @@ class ContributionSpec(Settings):
     settle_epsilon: float = Field(1.0, gt=0, description="fedmat settle: privacy per record of a site's moments at the Auditor")
     settle_delta: float = Field(1e-5, gt=0, lt=1)
     settle_dims: int = Field(12, ge=1, le=64, description="numbers the model's last hidden layer is projected to")
-    ridge: float = Field(1.0, gt=0, description="of the retrained last layer, in units of what covers the noise and 0.3 of a median player's rows")
+    ridge: float = Field(
+        1.0,
+        gt=0,
+        description="of the retrained last layer, in units of what covers the noise and 0.3 of a median player's rows",
+    )
 
 
 class PlanSettings(Settings):
@@ -310,20 +314,26 @@ class Terms(Settings):
         2 / 3, gt=0.5, le=1, description="share of the members that must sign: who joins, who has to leave; rounded up"
     )
     approvals: int | None = Field(
-        None, ge=0, description="members that must approve a model before it is champion; by default the quorum, in a simulated consortium none"
+        None,
+        ge=0,
+        description="members that must approve a model before it is champion; by default the quorum, in a simulated consortium none",
     )
     witnesses: int | None = Field(
         None, ge=0, description="members that must cosign a checkpoint before it counts; by default the quorum"
     )
     contract_versions: tuple[str, ...] = Field((), description="releases of the data contract that data may follow; empty: any")
     residency: dict[str, str] = Field(default_factory=dict, description="site -> country in which its data stay")
-    export_classes: tuple[str, ...] = Field((), description="export classes of data that may take part, as members declare them; empty: any")
+    export_classes: tuple[str, ...] = Field(
+        (), description="export classes of data that may take part, as members declare them; empty: any"
+    )
     min_sites: int = Field(2, ge=2, description="fewer members than that train no model together")
     published: dict[str, Literal["members", "public"]] = Field(
         {"ledger": "members", "metrics": "members", "model": "members"}, description="what is shown to whom"
     )
     credits_per_release: int = Field(1000, ge=1, le=10**12, description="credits that one settled model makes")
-    tiers: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict, description="tier of the registry's models -> its price in credits")
+    tiers: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        default_factory=dict, description="tier of the registry's models -> its price in credits"
+    )
     priority_price: int = Field(1, ge=1, description="credits for one day of priority in serving")
 
     def needed(self, members: int) -> int:

@@ -94,7 +94,9 @@ def outline(data: bytes) -> dict[str, Any]:
     kind = kind_of(data)
     outer = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     body = json.loads(outer.pop("__metadata__")[_HEADER])["f"]
-    number = body.get("round", (body.get("header") or {}).get("f", {}).get("round"))  # an encrypted round's stands in its header
+    number = body.get(
+        "round", (body.get("header") or {}).get("f", {}).get("round")
+    )  # an encrypted round's stands in its header
     shapes = [t["shape"] for t in outer.values()]
     return {
         "kind": kind,

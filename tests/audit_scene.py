@@ -9,26 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import ledger_scene
-from ledger_scene import Scene
+from ledger_scene import Scene, metrics
 
 from fedmat import accounts, files, pipeline
 from fedmat.bundle import LEDGER, MANIFEST, Bundle
-from fedmat.domain import Evaluation
 from fedmat.federation.engine import InProcessEngine
+
+__all__ = ["Scene", "metrics"]
 
 
 def build(home: Path, **how: Any) -> Scene:
-    """Returns a scene whose metrics were made from the very files that the bundle holds."""
-    scene = ledger_scene.build(home, account=False, **how)
-    metrics(scene)
-    account(scene)
-    return scene
-
-
-def metrics(scene: Scene) -> None:
-    """Writes metrics.json as it follows from a run's other files."""
-    evaluations = [told(x) for x in files.read_json(scene.folder / "evaluations.json")]
-    files.write_json(scene.folder / "metrics.json", pipeline._metrics(scene.run, evaluations))
+    """Returns a scene with its run in the ledger."""
+    return ledger_scene.build(home, **how)
 
 
 def account(scene: Scene) -> None:
@@ -45,13 +37,6 @@ def packed(scene: Scene) -> Path:
     own = {s: k for s, k in pipeline._own_keys(scene.run).items() if s in here}
     accounts.seal(scene.books, scene.clock(), own)
     return accounts.pack(scene.books, scene.run.run_id or "", scene.folder)
-
-
-def told(plain: dict[str, Any]) -> Evaluation:
-    """Returns an evaluation from its plain JSON."""
-    from fedmat.checks import _evaluation
-
-    return _evaluation(plain)
 
 
 def opened(contents: dict[str, bytes], bundle: Bundle, *, repack: bool = True) -> Bundle:

@@ -104,11 +104,20 @@ def build(
     _sites(scene)
     files.write_json(folder / "matching.json", {"removed": {}, "shared": [], "leaks": []})
     files.write_json(folder / "intervals.json", {"level": 0.9, "half_width": 1.5, "sites": {}})
+    metrics(scene)
     if account:
         with InProcessEngine({s: _handler(scene, s) for s in run.sites}) as engine:
             pipeline.statements(run, engine=engine)
         pipeline.account(run, scene.clock())
     return scene
+
+
+def metrics(scene: Scene) -> None:
+    """Writes metrics.json as it follows from a run's other files."""
+    from fedmat.checks import _evaluation
+
+    evaluations = [_evaluation(x) for x in files.read_json(scene.folder / "evaluations.json")]
+    files.write_json(scene.folder / "metrics.json", pipeline._metrics(scene.run, evaluations))
 
 
 def _sites(scene: Scene) -> None:

@@ -41,7 +41,7 @@ def test_doing_it_again_writes_nothing_and_packs_the_same_bytes(scene: ledger_sc
     assert (again.written, again.size) == (0, size)
     with zipfile.ZipFile(scene.bundle) as archive:
         assert {i.date_time for i in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
-    assert scene.bundle.read_bytes() != before  # a later cosignature of the same checkpoint
+    assert scene.bundle.read_bytes() == before
 
 
 def test_the_bundle_holds_every_file_that_an_entry_speaks_of(scene: ledger_scene.Scene) -> None:
@@ -74,6 +74,12 @@ def test_what_is_no_bundle_is_named(tmp_path: Path, scene: ledger_scene.Scene) -
     broken.write_bytes(scene.bundle.read_bytes()[:-40])
     with pytest.raises(StateError, match="damaged"):
         Bundle.open(broken)
+    twice = tmp_path / "twice.zip"
+    twice.write_bytes(scene.bundle.read_bytes())
+    with zipfile.ZipFile(twice, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("run/metrics.json", b"{}")
+    with pytest.raises(StateError, match="two files of one name"):
+        Bundle.open(twice)
     (tmp_path / "empty").mkdir()
     with pytest.raises(StateError, match="there is no bundle.json"):
         Bundle.open(tmp_path / "empty")
@@ -177,4 +183,3 @@ def test_a_champion_without_approvals_is_refused_by_the_ledger(tmp_path: Path) -
     sha256 = files.sha256_file(scene.folder / "model.safetensors")
     with pytest.raises(ProtocolError, match="no_approval"):
         accounts.register(scene.books, "r1", "fedmat-x", 1, sha256, ("champion",), "by hand", scene.clock())
-

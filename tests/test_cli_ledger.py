@@ -242,7 +242,7 @@ def test_from_a_charter_to_a_departure(tmp_path: Path, clock: Clock) -> None:
 
     # all of it is checked from the file alone, with the digest that was compared by telephone
     o.witness("forge", "mill")
-    found = answer("ledger", "verify", o.export, "--charter", spoken(first_digest(o)))
+    found = answer("ledger", "verify", o.export, "--charter-digest", spoken(first_digest(o)))
     assert found["ok"] and found["members"] == ["forge", "mill", "rolling"] and found["charter_told"]
     said = plain(fedmat("ledger", "show", o.export))
     for words in (
@@ -468,7 +468,7 @@ def test_what_too_few_members_have_seen_is_not_evidenced(offices: Offices) -> No
     assert fedmat("ledger", "verify", offices.export).exit_code == 0
     assert "compare it by telephone" in plain(fedmat("ledger", "verify", offices.export))
     for told in ("0000 " * 16, "12", ""):
-        refused(6, "wrong_charter", "ledger", "verify", offices.export, "--charter", told)
+        refused(6, "wrong_charter", "ledger", "verify", offices.export, "--charter-digest", told)
 
 
 @pytest.mark.parametrize(
