@@ -191,17 +191,20 @@ def enter(books: Books, run: str, folder: Path, consortium_file: Path, now: date
         StateError: the ledger says something else about this run.
         ProtocolError: an entry breaks a rule; nothing of it is written.
     """
-    operator = books.operator()
     finished = FinishedRun.read(folder)
+    begin_first = NotEvidenced(
+        f"{books.where}: the ledger is not begun", fix="fedmat consortium charter, signed by all members (docs/charter.md)"
+    )
+    if not books.exists():
+        raise begin_first
+    operator = books.operator()
     _environment(folder)
     files.write_atomic(folder / bundle.CONSORTIUM, consortium_file.read_bytes())
     for _ in range(_TRIES):
         with books.open() as opened:
             size, fold = opened.size, Fold.of(opened.read())
             if size == 0:
-                raise NotEvidenced(
-                    f"{books.where}: the ledger is not begun", fix="fedmat consortium charter, signed by all members"
-                )
+                raise begin_first
             fresh = [*_wanted(finished, fold, run, operator, now)]
             try:
                 opened.append(list(fresh), expected=size) if fresh else None

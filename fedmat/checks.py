@@ -244,6 +244,7 @@ def _checkpoints(
     tree = merkle.Tree(merkle.leaf_hash(data) for data in raw)
     vouched: list[Vouched] = []
     torn: list[tuple[int, str]] = []
+    lacking: list[tuple[int, str, str]] = []
     for number, note in enumerate(told):
         place = f"checkpoint {number + 1}"
         try:
@@ -274,9 +275,10 @@ def _checkpoints(
             )
             checks.append(Check("checkpoints", REFUTED, place, what, "forked_log"))
             torn += [(good, what)] if by_operator else []
+        elif trouble is not None and trouble.reason == "no_quorum":
+            lacking.append((size, place, _bare(trouble)))
         elif trouble is not None:
-            verdict = UNKNOWN if trouble.reason == "no_quorum" else REFUTED
-            checks.append(Check("checkpoints", verdict, place, _bare(trouble), trouble.reason))
+            checks.append(Check("checkpoints", REFUTED, place, _bare(trouble), trouble.reason))
         elif size > fold.size:
             what = f"fixes {size} entries, of which {fold.size} were accepted"
             checks.append(Check("checkpoints", UNKNOWN, place, what, "truncated_log"))
@@ -294,6 +296,11 @@ def _checkpoints(
                 what = f"a line of {name}, whose key is no member's at this size; it counts nothing"
                 checks.append(Check("witnesses", UNKNOWN, place, what, "key_not_in_force"))
             vouched.append(Vouched(size, root.hex(), cosigners))
+    for size, place, what in lacking:  # its root fits these entries, as does that of a later one
+        if any(v.size > size for v in vouched):
+            checks.append(Check("checkpoints", PROVED, place, "root computed again; enough members cosigned a later one"))
+        else:
+            checks.append(Check("checkpoints", UNKNOWN, place, what, "no_quorum"))
     if not told and fold.size:
         checks.append(Check("checkpoints", UNKNOWN, LEDGER, "there is no checkpoint in it", "evidence_missing"))
     latest: dict[str, int] = {}

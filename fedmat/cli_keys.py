@@ -271,7 +271,9 @@ def _agreed(paths: list[Path]) -> Charter:
     from fedmat.envelopes import ROLES
 
     config = load_consortium(paths[0])
-    needed = {"masking": (), "ckks": ("auditor",)}.get(config.plan.security.mode, ROLES)  # who is there in each kind of round
+    needed = {"none": (), "masking": (), "ckks": ("auditor",)}.get(
+        config.plan.security.mode, ROLES
+    )  # who is there in each kind of round
     return keys.agree(config, [keys.read_entry(p) for p in paths[1:]], _today(), needed)
 
 

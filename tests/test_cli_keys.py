@@ -57,7 +57,7 @@ class Parties:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.consortium = small.build(folder / "c")
+        self.consortium = small.build(folder / "c", security={"mode": "trigram"})
         self.names = (*small.COMPANIES, *ROLES)
         self.charter = folder / "charter.json"
 

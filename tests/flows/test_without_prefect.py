@@ -51,7 +51,7 @@ def test_a_listener_hears_every_step_and_every_round_in_order(bare: tuple[Outcom
     _, heard = bare
     done = [(e.name, e.site) for e in heard if isinstance(e, Step) and e.state == "done"]
     sites = [(step, site) for site in sorted(small.COMPANIES) for step in ("ingest", "version", "featurize")]
-    assert done == [*sites, *((step, None) for step in ("train", "baselines", "evaluate", "report"))]
+    assert done == [*sites, *((step, None) for step in ("train", "baselines", "evaluate", "account", "report"))]
     assert [e.round for e in heard if isinstance(e, RoundReport)] == [0, 1, 2]
 
 
