@@ -19,15 +19,17 @@ def contents(path: Path) -> Iterator[bytes]:
     """A file's bytes, and what they hold when it is a database, an archive, a table, compressed, or has base64 in it."""
     raw = path.read_bytes()
     yield raw
-    text = raw
+    texts = [raw]
     if raw.startswith(b"SQLite format 3\0"):
         with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
-            text = "\n".join(database.iterdump()).encode()
-        yield text
+            dump = list(database.iterdump())
+        texts = ["\n".join(dump).encode()]
+        texts += [bytes.fromhex(blob) for line in dump for blob in re.findall(r"X'([0-9A-Fa-f]+)'", line)]  # a ledger's entries
+        yield from texts
     elif raw.startswith(b"PK\3\4"):
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            for name in archive.namelist():
-                yield name.encode() + archive.read(name)
+            texts = [name.encode() + archive.read(name) for name in archive.namelist()]
+        yield from texts
     elif raw.startswith(b"PAR1"):
         frame = pd.read_parquet(path)
         yield frame.to_csv().encode()
@@ -39,8 +41,9 @@ def contents(path: Path) -> Iterator[bytes]:
         except zlib.error:
             pass  # a safetensors file whose header is 0x178 bytes long begins like one
     # Pictures in a page; pickles in Prefect's result storage, in lines of 76 characters, also escaped inside JSON.
-    for coded in re.findall(rb"[A-Za-z0-9+/]{24,}={0,2}", re.sub(rb"(?:\\n|\n)", b"", text)):
-        yield base64.b64decode(coded[: len(coded) // 4 * 4])
+    for text in texts:
+        for coded in re.findall(rb"[A-Za-z0-9+/]{24,}={0,2}", re.sub(rb"(?:\\n|\n)", b"", text)):
+            yield base64.b64decode(coded[: len(coded) // 4 * 4])
 
 
 def unwrapped(paths: Iterator[Path]) -> bytes:

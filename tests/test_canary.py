@@ -38,6 +38,8 @@ from fedmat.domain import (
     GlobalModel,
     Offer,
     Removed,
+    Statements,
+    StatementsRequest,
     Statistics,
     Update,
 )
@@ -177,6 +179,8 @@ def messages(consortium: Path, root: Path) -> None:
         baselines.own_models(engine, plan, model, run.sites)
         for arm in (baselines.Arm("federated", model.weights, model.scaler), baselines.dummy(model)):
             baselines.score(engine, plan, arm, run.sites, radius=dict.fromkeys(run.sites, 10.0))
+        told = engine.broadcast(StatementsRequest(plan.sha256, plan.consortium, "recorded", {}), run.sites, 60.0)
+        assert all(isinstance(d.answer, Statements) for d in told)
 
 
 def bench(consortium: Path, root: Path) -> None:
