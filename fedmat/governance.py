@@ -37,7 +37,7 @@ from fedmat.ledger.entries import (
     SpendEntry,
     TransferEntry,
 )
-from fedmat.ledger.fold import Fold, Placed, stamp
+from fedmat.ledger.fold import Asked, Fold, Placed, stamp
 
 Move = TypeVar("Move", TransferEntry, SpendEntry)
 
@@ -325,11 +325,12 @@ def standing(data: bytes, fold: Fold | None, where: str = "proposal") -> Standin
         ConfigError: anything but a charter needs the ledger.
     """
     entry, envelope = entries.open_envelope(data, where)
-    parties, needed, votes = _asked(entry, fold, where)
-    signed = _verified(envelope, parties, entry.time, where)
+    asked = _asked(entry, fold, where)
+    signed = (fold or Fold()).signers(envelope, asked, entry.time, where)
     voted = len(signed & fold.sites) if fold is not None else 0
     return Standing(
-        entry, tuple(sorted(needed)), votes, tuple(sorted(signed)), tuple(sorted(needed - signed)), max(0, votes - voted)
+        entry, tuple(sorted(asked.needed)), asked.votes, tuple(sorted(signed)), tuple(sorted(asked.needed - signed)),
+        max(0, asked.votes - voted),
     )  # fmt: skip
 
 
@@ -342,9 +343,9 @@ def sign(path: Path, signer: PartyKeys, fold: Fold | None) -> Standing:
     """
     data = read(path)
     before = standing(data, fold, str(path))
-    parties, needed, votes = _asked(before.entry, fold, str(path))
-    asked = needed | (fold.sites if votes and fold is not None else set())
-    if not any(signer.holds(parties[name]) for name in asked):
+    asked = _asked(before.entry, fold, str(path))
+    names = asked.needed | (fold.sites if asked.votes and fold is not None else set())
+    if not any(signer.holds(asked.parties[name]) for name in names):
         raise ProtocolError(
             "not_asked", f"{path}: does not wait for the keys of {signer.name} that are given here",
             fix=f"signatures are lacking of: {before.lacking()}",
@@ -403,56 +404,20 @@ def finish_rotation(folder: Path, name: str, present: Party | None) -> None:
 
 def known(entry: Any, fold: Fold | None) -> dict[str, Party]:
     """Returns the parties that a proposal may wait for, as their keys are now; errors as in :func:`standing`."""
-    return _asked(entry, fold, "proposal")[0]
+    return _asked(entry, fold, "proposal").parties
 
 
-def _asked(entry: Any, fold: Fold | None, where: str) -> tuple[dict[str, Party], set[str], int]:
-    """Returns the parties as their keys are now, who has to sign, and how many members besides."""
+def _asked(entry: Any, fold: Fold | None, where: str) -> Asked:
+    """Returns who has to sign, by the ledger's own rules."""
     if fold is None or fold.size == 0:
         if not isinstance(entry, CharterEntry):
             raise ConfigError(
                 f"{where}: who has to sign a {entry.type} stands in the ledger", fix="name the ledger with --ledger"
             )
-        parties = {p.name: p for p in entry.keys.parties} | {OPERATOR: entry.operator}
-        return parties, {OPERATOR, *entry.keys.sites}, 0
+        return Fold().asked(entry, where)
     if entry.consortium != fold.consortium:
         raise ProtocolError("foreign_bundle", f"{where}: of consortium {entry.consortium}, the ledger is {fold.consortium}'s")
-    parties = dict(fold.parties)
-    votes = 0
-    if isinstance(entry, CharterEntry):
-        parties = {p.name: p for p in (*entry.keys.parties, entry.operator)} | parties
-        needed = {OPERATOR, *fold.sites, *entry.keys.sites}
-    elif isinstance(entry, MembershipEntry):
-        parties.setdefault(entry.party.name, entry.party)
-        needed, votes = {OPERATOR, entry.party.name}, fold.needed()
-    elif isinstance(entry, DepartureEntry):
-        needed, votes = ({OPERATOR, entry.site}, 0) if entry.by == entry.site else ({OPERATOR}, fold.needed())
-    elif isinstance(entry, PodEntry):
-        needed = {OPERATOR, *entry.members}
-    else:
-        needed = {entry.by}
-    if strangers := sorted(needed - set(parties)):
-        raise ProtocolError("unknown_member", f"{where}: {', '.join(strangers)} is no party of {fold.consortium}")
-    return parties, needed, votes
-
-
-def _verified(envelope: dsse.Envelope, parties: dict[str, Party], time: str, where: str) -> set[str]:
-    known = {dsse.key_id(bytes.fromhex(p.signing)): p for p in parties.values()}
-    signed = set()
-    for keyid in envelope.signers:
-        party = known.get(keyid)
-        if party is None:
-            raise ProtocolError("bad_signature", f"{where}: signed with a key ({keyid}) that is no party's")
-        if time[:10] > party.not_after.isoformat():
-            raise ProtocolError(
-                "key_not_in_force", f"{where}: dated {time}, the key of {party.name} ended on {party.not_after}"
-            )
-        try:
-            dsse.verify(envelope, keyid, bytes.fromhex(party.signing))
-        except ProtocolError as error:
-            raise ProtocolError(error.reason, f"{where}: the signature of {party.name} does not fit what it says") from None
-        signed.add(party.name)
-    return signed
+    return fold.asked(entry, where)
 
 
 # --- after a departure -----------------------------------------------------------------------------------------------

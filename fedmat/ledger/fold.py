@@ -102,6 +102,21 @@ class Keyed:
     until: int | None = None
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Who has to sign an entry.
+
+    Attributes:
+        parties: name -> keys that count for it.
+        needed: who must sign.
+        votes: how many members must have signed besides or among them.
+    """
+
+    parties: dict[str, Party]
+    needed: frozenset[str]
+    votes: int
+
+
 class Fold:
     """The state after some entries.
 
@@ -190,9 +205,7 @@ class Fold:
         if first is not None:
             raise ProtocolError("replayed_entry", f"{where}: says word for word what entry {first} says")
         if self.size == 0:
-            if not isinstance(entry, CharterEntry):
-                raise ProtocolError("truncated_log", f"{where}: a ledger begins with the charter, this one with a {entry.type}")
-            self._signed_by_all(entry, envelope, where)
+            self._signed(entry, envelope, where)
         else:
             if entry.consortium != self.consortium:
                 raise ProtocolError(
@@ -223,51 +236,50 @@ class Fold:
                 fix="propose it anew and sign it again",
             )
 
-    def _signed_by_all(self, entry: CharterEntry, envelope: dsse.Envelope, where: str) -> None:
-        parties = {p.name: p for p in entry.keys.parties} | {OPERATOR: entry.operator}
-        if entry.operator.name != OPERATOR or entry.by != OPERATOR:
-            raise ProtocolError("bad_signature", f"{where}: a charter is the {OPERATOR}'s entry, signed by every site too")
-        self._check(envelope, parties, {OPERATOR, *entry.keys.sites}, entry.time, where)
+    def asked(self, entry: Any, where: str = "entry") -> Asked:
+        """Returns whose signatures an entry needs as the next one; whether it has them is not looked at.
 
-    def _signed(self, entry: Any, envelope: dsse.Envelope, where: str) -> None:
-        """Refuses an entry that lacks a signature its type needs, or has one that does not count."""
+        Raises:
+            ProtocolError: truncated_log, bad_signature (it is not this party's to state), conflicting_entry, unknown_member.
+        """
+        if self.size == 0 and not isinstance(entry, CharterEntry):
+            raise ProtocolError("truncated_log", f"{where}: a ledger begins with the charter, this one with a {entry.type}")
         parties = dict(self.parties)
         needed: set[str] = {entry.by}
-        quorum = False
-        if isinstance(entry, _BY_OPERATOR):
+        votes = 0
+        if isinstance(entry, CharterEntry):
+            if entry.operator.name != OPERATOR or entry.by != OPERATOR:
+                raise ProtocolError("bad_signature", f"{where}: a charter is the {OPERATOR}'s entry, signed by every site too")
+            parties = {p.name: p for p in (*entry.keys.parties, entry.operator)} | parties
+            needed = {OPERATOR, *self.sites, *entry.keys.sites}
+        elif isinstance(entry, _BY_OPERATOR):
             if entry.by != OPERATOR:
                 raise ProtocolError("bad_signature", f"{where}: a {entry.type} is the {OPERATOR}'s to state, not {entry.by}'s")
-        elif isinstance(entry, CharterEntry):
-            parties |= {p.name: p for p in entry.keys.parties if p.name not in parties}
-            needed = {OPERATOR, *self.sites, *entry.keys.sites}
         elif isinstance(entry, MembershipEntry):
-            if entry.party.name in self.parties or entry.party.kind != "site":
-                raise ProtocolError("conflicting_entry", f"{where}: {entry.party.name} is a party already, or no site")
-            if self.organisations().get(entry.party.name, entry.party.organisation) != entry.party.organisation:
-                raise ProtocolError(
-                    "conflicting_entry", f"{where}: {entry.party.name} was the name of another organisation's site, whose credits it has",
-                    fix="join under another name",
-                )  # fmt: skip
+            self._may_join(entry, where)
             parties[entry.party.name] = entry.party
-            needed, quorum = {OPERATOR, entry.party.name}, True
+            needed, votes = {OPERATOR, entry.party.name}, self.needed()
         elif isinstance(entry, DepartureEntry):
             self._member(entry.site, where)
-            needed, quorum = {OPERATOR}, entry.by != entry.site
-            needed |= {entry.site} if entry.by == entry.site else set()
+            needed, votes = ({OPERATOR, entry.site}, 0) if entry.by == entry.site else ({OPERATOR}, self.needed())
         elif isinstance(entry, PodEntry):
+            for member in entry.members:
+                self._member(member, where)
             needed = {OPERATOR, *entry.members}
         elif entry.by != OPERATOR or not isinstance(entry, RotationEntry):
             self._member(entry.by, where, roles=isinstance(entry, RotationEntry))
-        found = self._check(envelope, parties, needed, entry.time, where)
-        if quorum and len(found & self.sites) < self.needed():
-            raise ProtocolError(
-                "no_quorum", f"{where}: {entry.type} signed by {len(found & self.sites)} of {len(self.sites)} members; {self.needed()} are needed",
-                fix="collect the missing signatures with fedmat ledger sign",
-            )  # fmt: skip
+        return Asked(parties, frozenset(needed), votes)
 
-    def _check(self, envelope: dsse.Envelope, parties: dict[str, Party], needed: set[str], time: str, where: str) -> set[str]:
-        """Verifies all signatures of an envelope; returns who signed."""
-        known = {dsse.key_id(bytes.fromhex(p.signing)): p for p in parties.values()}
+    def signers(self, envelope: dsse.Envelope, asked: Asked, time: str, where: str = "entry") -> set[str]:
+        """Verifies every signature of an envelope and returns whose they are.
+
+        Args:
+            time: at which the entry is dated.
+
+        Raises:
+            ProtocolError: bad_signature, key_not_in_force.
+        """
+        known = {dsse.key_id(bytes.fromhex(p.signing)): p for p in asked.parties.values()}
         gone = {dsse.key_id(bytes.fromhex(k.party.signing)): name for name, ks in self.history.items() for k in ks}
         found: set[str] = set()
         for keyid in envelope.signers:
@@ -290,9 +302,30 @@ class Fold:
                     "bad_signature", f"{where}: the signature of {party.name} does not fit what it says"
                 ) from None
             found.add(party.name)
-        if lacking := sorted(needed - found):
-            raise ProtocolError("bad_signature", f"{where}: not signed by {', '.join(lacking)}")
         return found
+
+    def _signed(self, entry: Any, envelope: dsse.Envelope, where: str) -> None:
+        """Refuses an entry that lacks a signature its type needs, or has one that does not count."""
+        asked = self.asked(entry, where)
+        found = self.signers(envelope, asked, entry.time, where)
+        if lacking := sorted(asked.needed - found):
+            raise ProtocolError("bad_signature", f"{where}: not signed by {', '.join(lacking)}")
+        voted = len(found & self.sites)
+        if voted < asked.votes:
+            raise ProtocolError(
+                "no_quorum", f"{where}: {entry.type} signed by {voted} of {len(self.sites)} members; {asked.votes} are needed",
+                fix="collect the missing signatures with fedmat ledger sign",
+            )  # fmt: skip
+
+    def _may_join(self, entry: MembershipEntry, where: str) -> None:
+        name = entry.party.name
+        if name in self.parties or entry.party.kind != "site":
+            raise ProtocolError("conflicting_entry", f"{where}: {name} is a party already, or no site")
+        if self.organisations().get(name, entry.party.organisation) != entry.party.organisation:
+            raise ProtocolError(
+                "conflicting_entry", f"{where}: {name} was the name of another organisation's site, whose credits it has",
+                fix="join under another name",
+            )  # fmt: skip
 
     # --- what each type changes ------------------------------------------------------------------------------------
 
@@ -318,8 +351,6 @@ class Fold:
                 raise entries.placed(error, where) from None
             self._put(entry.rotation.entry, index)
         elif isinstance(entry, PodEntry):
-            for member in entry.members:
-                self._member(member, where)
             self.pods[entry.name] = placed
         elif isinstance(entry, TransferEntry | SpendEntry):
             self.credits.apply(entry, index, members=self.sites, terms=self.terms)
