@@ -707,6 +707,7 @@ def rehearsal(
     where: Callable[[str], Path],
     today: date,
     kem: Kem = "x25519",
+    roles: Sequence[str] = ROLES,
 ) -> Charter:
     """Returns the charter of a rehearsal, in which one operator holds every party's keys; makes the keys that are missing.
 
@@ -716,14 +717,15 @@ def rehearsal(
         organisations: by site. The roles belong to "Rehearsal aggregator" and so on.
         where: gives a party's folder of keys; nothing is written but those folders.
         today: day on which missing keys begin to count, for ten years.
+        roles: those that somebody runs.
 
     Raises:
         StateError: a folder holds keys of another kind, or something else.
     """
     parties = []
-    for name in (*sites, *ROLES):
+    for name in (*sites, *roles):
         folder = where(name)
-        kind: Kind = name if name in ROLES else "site"
+        kind: Any = name if name in ROLES else "site"
         organisation = f"Rehearsal {name}" if name in ROLES else organisations[name]
         path = folder / ENTRY.format(name)
         if not path.exists():

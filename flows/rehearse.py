@@ -25,6 +25,7 @@ import fedmat.telemetry  # noqa: F401  before anything that phones home is impor
 from fedmat import conductor, files, pipeline
 from fedmat.conductor import Order
 from fedmat.config import load_consortium
+from fedmat.envelopes import ROLES
 from fedmat.errors import ConfigError, FedmatError, ServiceError
 from fedmat.federation.flare import Session
 from fedmat.federation.plan import Plan
@@ -108,7 +109,10 @@ class Stage:
         charter: bytes | None = None
         if self.config.simulated:
             names = {m.site: m.organisation for m in self.config.members}
-            found = keys.rehearsal(self.config.name, self.sites, names, lambda p: self.folder / KEYS / p, now.date())
+            roles = ROLES if self.plan.settings.security.mode != "none" else ()
+            found = keys.rehearsal(
+                self.config.name, self.sites, names, lambda p: self.folder / KEYS / p, now.date(), roles=roles
+            )
             charter = files.json_bytes(found.model_dump(mode="json"))
         folders = {p: (self.home(p), self._site_files.get(p)) for p in self.parties}
         provision.rehearsal(self.config_file, self.project, folders, host=HOST, port=self.port, now=now, charter=charter)
