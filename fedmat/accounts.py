@@ -48,7 +48,7 @@ from fedmat.ledger.entries import (
     PlanEntry,
     RegistrationEntry,
 )
-from fedmat.ledger.fold import Fold, Placed, stamp
+from fedmat.ledger.fold import Fold, Placed, RunEntries, stamp
 from fedmat.ledger.notes import Verifier
 from fedmat.ledger.witness import Witness
 
@@ -147,14 +147,30 @@ def begin(books: Books, config: ConsortiumConfig, charter: Charter, parties: Map
 
 
 def name_of(fold: Fold, folder: Path) -> str:
-    """Returns what the ledger calls a run: its folder's name, with a number where another model was made under that name."""
-    digest = files.sha256_file(folder / MODEL)
+    """Returns what the ledger calls a run: its folder's name, with a number where the ledger knows another run under that name.
+
+    A run that was started afresh is another one as soon as anything in its rounds, model or metrics differs (an encrypted one always
+    does); the ledger keeps both.
+    """
     for number in range(1, 10_000):
         name = folder.name if number == 1 else f"{folder.name}.{number}"
         known = fold.runs.get(name)
-        if known is None or known.evaluation is None or known.evaluation.entry.model_sha256 == digest:
+        if known is None or _is_of(known, folder):
             return name
     raise StateError(f"{folder}: the ledger knows too many runs of this name", fix="name the run with --run-id")
+
+
+def _is_of(known: RunEntries, folder: Path) -> bool:
+    """Tells whether entries are about the run in ``folder`` as it is."""
+    if known.evaluation is not None:
+        stated = known.evaluation.entry
+        if stated.model_sha256 != files.sha256_file(folder / MODEL):
+            return False
+        if (folder / METRICS).exists() and stated.metrics_sha256 != files.sha256_file(folder / METRICS):
+            return False
+    reports = Evidence.read(folder).rounds or []
+    there = {r["round"]: entries.report_digest(r) for r in reports}
+    return all(there.get(number) == placed.entry.report_sha256 for number, placed in known.aggregates.items())
 
 
 def ask(folder: Path, plan: Plan, run: str, engine: Engine) -> dict[str, Any]:
@@ -167,7 +183,7 @@ def ask(folder: Path, plan: Plan, run: str, engine: Engine) -> dict[str, Any]:
     requests = {
         site: StatementsRequest(
             plan.sha256, plan.consortium, run,
-            {str(r["round"]): r["updates"][site] for r in rounds if site in r["updates"]},
+            {str(r["round"]): r["updates"][site] for r in rounds if site in r.get("updates", {})},
         )
         for site in sorted(finished)
     }  # fmt: skip
@@ -316,7 +332,8 @@ def _left_out(report: Mapping[str, Any], about: Mapping[str, Any]) -> Iterable[E
 def _aggregate(report: Mapping[str, Any], about: Mapping[str, Any]) -> AggregateEntry:
     return AggregateEntry(
         **about,
-        **{k: report[k] for k in ("round", "rule", "protection", "shares", "updates", "model_sha256", "evidence")},
+        **{k: report[k] for k in ("round", "rule", "protection", "shares", "model_sha256", "evidence")},
+        updates=report.get("updates", {}),  # of a run of before there were ledgers: none
         report_sha256=entries.report_digest(report),
     )
 

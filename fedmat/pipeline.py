@@ -594,7 +594,7 @@ def publish(run: Run, tracking_uri: str | None = None, now: datetime | None = No
     fold = books.fold()
     may = _approved(run, fold) if fold.size else ("" if run.config().simulated else "a ledger with the members' approvals")
     found = registry.register(run.folder, tracking_uri=tracking_uri or registry.registry_uri(Path.cwd()), hindrance=may)
-    name = _ledger_name(run)
+    name = accounts.name_of(fold, run.folder)
     if name in fold.runs and fold.runs[name].evaluation is not None:
         when = now or datetime.now(UTC)
         accounts.register(books, name, found.name, found.version, found.sha256, found.aliases, found.reason, when)

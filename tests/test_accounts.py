@@ -87,11 +87,28 @@ def test_what_is_no_bundle_is_named(tmp_path: Path, scene: ledger_scene.Scene) -
 
 def test_a_changed_run_is_not_written_over_what_the_ledger_says(tmp_path: Path) -> None:
     scene = ledger_scene.build(tmp_path / "home")
+    first = scene.books.fold().runs["r1"]
     reports = scene.run.reports()
     reports[0]["shares"] = dict.fromkeys(reports[0]["shares"], 0.1)
     (scene.folder / "rounds.jsonl").write_text("".join(json.dumps(r) + "\n" for r in reports))
-    with pytest.raises(StateError, match="states another aggregate"):
-        pipeline.account(scene.run, scene.clock())
+    done = pipeline.account(scene.run, scene.clock())
+    fold = scene.books.fold()
+    assert done.run == "r1.2"
+    assert fold.runs["r1"].aggregates == first.aggregates
+    assert not fold.runs["r1.2"].updates, "no site has signed for it"
+
+
+def test_a_run_that_is_begun_afresh_and_seals_anew_stands_beside_the_first(tmp_path: Path) -> None:
+    scene = ledger_scene.build(tmp_path / "home")
+    reports = scene.run.reports()
+    for report in reports:  # as other pads and keys make it
+        report["evidence"] = {"header": "0" * 64}
+    (scene.folder / "rounds.jsonl").write_text("".join(json.dumps(r) + "\n" for r in reports))
+    with InProcessEngine({s: ledger_scene._handler(scene, s) for s in scene.sites}) as engine:
+        pipeline.statements(scene.run, engine=engine)
+    assert pipeline.account(scene.run, scene.clock()).run == "r1.2"
+    again = scene.books.fold().runs["r1.2"]
+    assert {site for _, site in again.updates} == set(scene.sites)
 
 
 def test_another_model_of_the_same_name_is_another_run(tmp_path: Path) -> None:
