@@ -51,6 +51,7 @@ from fedmat.ledger.entries import (
 from fedmat.ledger.fold import Fold, Placed, RunEntries, stamp
 from fedmat.ledger.notes import Verifier
 from fedmat.ledger.witness import Witness
+from fedmat.places import EVIDENCE
 
 if TYPE_CHECKING:
     from fedmat.config import ConsortiumConfig
@@ -451,5 +452,5 @@ def pack(books: Books, run: str, folder: Path, out: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(prefix="fedmat-") as place, books.open() as opened:
         export.export(opened, Path(place) / bundle.LEDGER)
         exported = (Path(place) / bundle.LEDGER).read_bytes()
-    target = out or folder / bundle.EVIDENCE
+    target = out or folder / EVIDENCE
     return bundle.pack(folder, exported, egress, consortium=books.consortium, run=run, out=target)

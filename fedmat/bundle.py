@@ -25,7 +25,6 @@ from fedmat.ledger import export
 SCHEMA = "fedmat/bundle/1"
 MANIFEST, LEDGER = "bundle.json", "ledger.jsonl"
 CONSORTIUM, ENVIRONMENT, SETTLEMENT = "consortium.yaml", "environment.json", "settlement.json"
-EVIDENCE = "evidence.zip"  # in a run's folder
 RUN_FILES = (
     PLAN, ATTESTATIONS, MATCHING, INTERVALS, ROUNDS, MODEL, EVALUATIONS, METRICS, SETTLEMENT, ENVIRONMENT, CONSORTIUM,
 )  # fmt: skip

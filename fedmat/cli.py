@@ -173,7 +173,7 @@ def _run(
             {
                 **{k: metrics[k] for k in kept},
                 "model": metrics["model"] | _standing(outcome.registered),
-                "run": {"id": folder.name, "folder": str(folder), "report": str(outcome.report)},
+                "run": {"id": folder.name, "folder": str(folder), "report": str(outcome.report), "evidence": _evidence(folder)},
                 "orchestrator": {"name": outcome.orchestrator.name, "why": outcome.orchestrator.why},
                 "seconds": round(seconds, 3),
             }
@@ -182,6 +182,12 @@ def _run(
     console.show_result(metrics)
     console.show_where(_where(consortium, project or home, folder, outcome.report, metrics, outcome.registered))
     console.say(f"\n{seconds:.0f} s; steps chained by {outcome.orchestrator.name} ({outcome.orchestrator.why})")
+
+
+def _evidence(folder: Path) -> str | None:
+    from fedmat.places import EVIDENCE
+
+    return str(folder / EVIDENCE) if (folder / EVIDENCE).exists() else None
 
 
 def _standing(registered: dict[str, Any] | None) -> dict[str, Any]:
@@ -202,6 +208,8 @@ def _where(
     ]
     if registered:
         places.append(("model in MLflow", f"{registered['name']} version {registered['version']}; {registered['reason']}"))
+    if evidence := _evidence(folder):
+        places.append(("evidence", f"{show_path(Path(evidence))} (fedmat audit verify reads it)"))
     if rejected:
         reasons = folder.parents[1] / "sites" / rejected[0] / "quarantine" / "reasons.csv"
         places.append(("rejected rows", f"{show_path(reasons)} (stays at the site)"))

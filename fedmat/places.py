@@ -14,7 +14,7 @@ from fedmat.errors import ConfigError
 
 EXAMPLE = Path("examples/cells/consortium.yaml")
 CONSORTIUM = "consortium.yaml"
-PLAN, LATEST, MODEL = "plan.json", "latest", "model.safetensors"
+PLAN, LATEST, MODEL, EVIDENCE = "plan.json", "latest", "model.safetensors", "evidence.zip"
 
 
 def workspaces() -> Path:
