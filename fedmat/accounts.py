@@ -20,7 +20,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmat import bundle, files, keys
+from fedmat import bundle, files, governance, keys
 from fedmat._version import __version__
 from fedmat.domain import Statements, StatementsRequest
 from fedmat.errors import NotEvidenced, ProtocolError, StateError
@@ -40,7 +40,6 @@ from fedmat.ledger.credits import due
 from fedmat.ledger.entries import (
     OPERATOR,
     AggregateEntry,
-    CharterEntry,
     ContributionEntry,
     EvaluationEntry,
     ExclusionEntry,
@@ -48,8 +47,9 @@ from fedmat.ledger.entries import (
     PlanEntry,
     RegistrationEntry,
 )
-from fedmat.ledger.fold import Fold, Placed, RunEntries, stamp
+from fedmat.ledger.fold import Fold, Placed, RunEntries
 from fedmat.ledger.notes import Verifier
+from fedmat.ledger.text import stamp
 from fedmat.ledger.witness import Witness
 from fedmat.places import EVIDENCE
 
@@ -122,7 +122,7 @@ class Books:
         folder = self.key_folder
         if today is not None and not (folder / keys.SIGNING).exists():
             made = keys.PartyKeys.new(OPERATOR)
-            until = today.replace(year=today.year + keys.REHEARSAL_YEARS, day=min(today.day, 28))
+            until = keys.years_later(today, keys.REHEARSAL_YEARS)
             keys.create(made, made.public("operator", "Rehearsal operator", until), folder)
         return keys.load(folder, OPERATOR)
 
@@ -137,13 +137,7 @@ def begin(books: Books, config: ConsortiumConfig, charter: Charter, parties: Map
         if opened.size:
             return
         operator = books.operator(now.date())
-        terms = config.terms
-        if terms.approvals is None:  # nobody is there to approve
-            terms = terms.model_copy(update={"approvals": 0})
-        entry = CharterEntry(
-            consortium=config.name, by=OPERATOR, time=stamp(now), keys=charter,
-            operator=keys.entry_of(books.key_folder), terms=terms,
-        )  # fmt: skip
+        entry = governance.charter(config, charter, keys.entry_of(books.key_folder), now)
         opened.append([entries.seal(entry, [operator, *parties.values()])], expected=0)
 
 

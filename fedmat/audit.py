@@ -23,7 +23,8 @@ from fedmat.bundle import ENVIRONMENT, Bundle, egress_file, run_file
 from fedmat.checks import PROVED, REFUTED, UNKNOWN, Check, Ledger, Verdict, Verified, worst
 from fedmat.errors import NotEvidenced
 from fedmat.evidence import MATCHING, METRICS, PLAN, flat
-from fedmat.ledger.fold import CHAMPION, Fold, Placed, RunEntries, stamp
+from fedmat.ledger.fold import CHAMPION, Fold, Placed, RunEntries
+from fedmat.ledger.text import stamp
 from fedmat.lineage import Graph, Node, counted, site_id
 
 _SHOWN = 3  # places that an answer names; fedmat audit verify names all

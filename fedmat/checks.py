@@ -863,7 +863,11 @@ def _recomputed(v: Verified, run: RunEntries, metrics: dict[str, Any], evaluatio
         what = f"its scores cannot be computed again without {run_file(EVALUATIONS)}"
         v.add("metrics", UNKNOWN, place, what, "evidence_missing")
         return
-    expected = scores_of([_evaluation(x) for x in evaluations], metrics["task"], sorted(metrics["sites"]))
+    from fedmat.federation.evaluation import scores
+
+    task = metrics["task"]
+    mine = [e for e in map(_evaluation, evaluations) if e.target in ("", task["target"])]
+    expected = wire.plain(scores(mine, str(task["kind"]), str(task["metric"]), sorted(metrics["sites"])))
     for where, value in expected.items():
         found = metrics["global"] if where == "" else metrics["sites"][where]
         name = f"{place}{f', {where}' if where else ''}"
@@ -888,80 +892,6 @@ def _evaluation(told: Mapping[str, Any]) -> Evaluation:
         number(told["mae_se"]), number(told["mae_low"]), number(told["mae_high"]),
         scores=scores if scores.size else np.zeros((2, 0)), target=str(told["target"]), coverage=array(told["coverage"]),
     )  # fmt: skip
-
-
-def scores_of(evaluations: Sequence[Evaluation], task: Mapping[str, Any], sites: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns the scores that follow from sites' sums, as metrics.json has them.
-
-    Returns:
-        "" -> the arms on all sites' rows and how they compare; site -> its ``own`` and ``global`` arms.
-    """
-    from fedmat.federation.evaluation import metrics
-
-    kind, metric = str(task["kind"]), str(task["metric"])
-    arms: dict[str, dict[str, Evaluation]] = {}
-    for e in evaluations:
-        if e.target in ("", task["target"]):
-            arms.setdefault(e.arm, {})[e.site] = e
-
-    def everywhere(arm: str) -> dict[str, Any] | None:
-        found = arms.get(arm, {})
-        return metrics(found.values(), kind) if set(found) == set(sites) else None
-
-    def at(arm: str, site: str) -> dict[str, Any] | None:
-        found = arms.get(arm, {}).get(site)
-        return metrics([found], kind) if found else None
-
-    out: dict[str, dict[str, Any]] = {}
-    means: dict[str, list[dict[str, Any] | None]] = {"local": [], "finetuned": []}
-    for site in sites:
-        own = {
-            arm: at(arm if arm in ("federated", "pooled") else f"{arm}:{site}", site)
-            for arm in ("local", "federated", "finetuned", "personal", "pooled")
-        }
-        beyond = {arm: everywhere(f"{arm}:{site}") for arm in means}
-        for arm, found in beyond.items():
-            means[arm].append(found)
-        out[site] = {"own": _known(own), "global": _known(beyond)}
-    overall = _known({
-        **{arm: everywhere(arm) for arm in ("federated", "pooled", "dummy")},
-        **{f"{arm}_mean": _mean(values) for arm, values in means.items()},
-    })  # fmt: skip
-    out[""] = wire.plain(overall | _compared(overall, means["local"], metric))
-    return {where: wire.plain(value) for where, value in out.items()}
-
-
-def _known(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if v is not None}
-
-
-def _mean(values: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
-    known = [v for v in values if v is not None]
-    if not known or len(known) != len(values):
-        return None
-    keys = [k for k in ("mae", "rmse", "r2", "auc", "accuracy") if all(v.get(k) is not None for v in known)]
-    return {"n": known[0]["n"], **{k: sum(v[k] for v in known) / len(known) for k in keys}}
-
-
-def _compared(overall: Mapping[str, Any], locals_: Sequence[dict[str, Any] | None], metric: str) -> dict[str, float]:
-    def score(found: Mapping[str, Any] | None) -> float | None:
-        return None if found is None else found.get(metric)
-
-    def gain(ours: float, other: float) -> float:
-        return ours / other - 1.0 if metric == "auc" else 1.0 - ours / other
-
-    ours, pooled, mean = (score(overall.get(k)) for k in ("federated", "pooled", "local_mean"))
-    single = [s for m in locals_ if (s := score(m)) is not None]
-    out: dict[str, float] = {}
-    if ours is None:
-        return out
-    if pooled:
-        out["ratio_to_pooled"] = ours / pooled
-    if mean:
-        out["gain_over_local_mean"] = gain(ours, mean)
-    if single:
-        out["gain_over_best_local"] = gain(ours, max(single) if metric == "auc" else min(single))
-    return out
 
 
 # --- contribution ----------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from fedmat import files, wire
 from fedmat.config import PlanSettings
 from fedmat.errors import ProtocolError, StateError
 from fedmat.ledger import merkle
+from fedmat.ledger.text import stamp
 
 BOOK = "egress.jsonl"  # in a site's workspace
 FIELDS = (
@@ -68,7 +69,7 @@ class Door:
         fields = wire.outline(answer)
         kind = str(fields["kind"])
         append(self.folder / BOOK, {
-            "time": self.now().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "time": stamp(self.now()),
             "site": self.site,
             "kind": kind,
             "plan_sha256": self.plan_sha256,

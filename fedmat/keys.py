@@ -729,7 +729,7 @@ def rehearsal(
         organisation = f"Rehearsal {name}" if name in ROLES else organisations[name]
         path = folder / ENTRY.format(name)
         if not path.exists():
-            until = _years_later(today, REHEARSAL_YEARS)
+            until = years_later(today, REHEARSAL_YEARS)
             if (folder / SIGNING).exists():  # made otherwise: its entry is added
                 files.write_json(path, load(folder, name).public(kind, organisation, until).model_dump(mode="json"))
             else:
@@ -748,7 +748,8 @@ def rehearsal(
     return charter(consortium, kem, parties)
 
 
-def _years_later(day: date, years: int) -> date:
+def years_later(day: date, years: int) -> date:
+    """Returns the same day some years on; of a 29 February the 28th where there is none."""
     try:
         return day.replace(year=day.year + years)
     except ValueError:  # 29 February

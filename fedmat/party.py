@@ -22,6 +22,7 @@ from fedmat import files, pipeline, policy, wire
 from fedmat._version import __version__
 from fedmat.config import ConsortiumConfig, load_consortium
 from fedmat.domain import Dropout, Rejection
+from fedmat.egress import Door
 from fedmat.envelopes import ROLES
 from fedmat.errors import ConfigError, FedmatError, PolicyRefused, StateError
 from fedmat.federation.engine import Failure, ProcessEngine
@@ -103,6 +104,7 @@ class Desk:
         self._known: dict[str, ConsortiumConfig] = {}
         self._charters: dict[str, str] = {}
         self._engine: ProcessEngine | None = None
+        self._door: Door | None = None  # of a site: where its answers pass
         self._digest = ""
         self._stamp: tuple[str, ...] = ()
 
@@ -134,7 +136,7 @@ class Desk:
             reply = self._around(kind, work)
             if isinstance(reply, Dropout) and reply.reason in ("crashed", "late"):  # before the next request, not within it
                 threading.Thread(target=self._again, args=(engine,), daemon=True).start()
-            return self._released(reply, request, consortium)
+            return self._released(reply, request)
 
     def warm(self, *, forked: bool = False) -> None:
         """Starts the process that does the work, for the consortium file the party joined with, so that no round waits for it.
@@ -182,15 +184,14 @@ class Desk:
             policy.load(self.party.home / POLICY).admit(config, self._charters[digest])
         return config
 
-    def _released(self, reply: bytes | Failure, request: bytes, consortium: bytes) -> bytes | Failure:
+    def _released(self, reply: bytes | Failure, request: bytes) -> bytes | Failure:
         """Lets an answer go if the site's policy permits its kind and size, and writes it down first."""
-        if self.party.kind != "site" or not isinstance(reply, bytes):
+        if self._door is None or not isinstance(reply, bytes):
             return reply
         path = self.party.home / POLICY
         try:
             policy.load(path).release(wire.kind_of(reply), len(reply))
-            door = pipeline.door(self.party.run(consortium), self.party.name)
-            door.note(reply, request, clause="outbound.kinds", policy_sha256=files.sha256_file(path))
+            self._door.note(reply, request, clause="outbound.kinds", policy_sha256=files.sha256_file(path))
         except PolicyRefused as error:
             return Rejection(self.party.name, "policy", error.what)
         except FedmatError as error:  # a policy that cannot be read permits nothing, and nothing leaves unwritten
@@ -203,8 +204,10 @@ class Desk:
         if self._engine is None or self._digest != digest or (anew and self._stamp != self._inputs()):
             if self._engine:
                 self._engine.close()
-            build: Any = pipeline.build_handler if self.party.kind == "site" else pipeline.build_role
-            self._engine = ProcessEngine({self.party.name: (build, (self.party.run(consortium), self.party.name))})
+            run, site = self.party.run(consortium), self.party.kind == "site"
+            build: Any = pipeline.build_handler if site else pipeline.build_role
+            self._engine = ProcessEngine({self.party.name: (build, (run, self.party.name))})
+            self._door = pipeline.door(run, self.party.name) if site else None
             self._digest, self._stamp = digest, self._inputs()
         return self._engine
 

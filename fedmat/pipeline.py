@@ -543,15 +543,13 @@ def account(
     """
     from fedmat import accounts
 
-    if ask:
-        statements(run)
+    name = str(statements(run)["run"]) if ask else _ledger_name(run)
     books, config = ledger_books(run), run.config()
     own = _own_keys(run)
     if own:
         charter = members_charter(run)
         if charter is not None:
             accounts.begin(books, config, charter, {s: k for s, (k, _) in own.items()}, now)
-    name = _ledger_name(run)
     written = accounts.enter(books, name, run.folder, run.consortium_file, now)
     note = accounts.seal(books, now, witnesses or own)
     path = accounts.pack(books, name, run.folder)
@@ -728,47 +726,23 @@ def _metrics(
     further: Sequence[Evaluation] = (),
     mixtures: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
-    from fedmat.federation.evaluation import metrics
+    from fedmat.federation.evaluation import scores
 
     config, folder, plan = run.config(), run.folder, run.plan()
     kind, task = config.task.kind, config.task
     sites = _asked(folder)
-    by_arm: dict[str, dict[str, Evaluation]] = {}
-    for e in evaluations:
-        by_arm.setdefault(e.arm, {})[e.site] = e
-
-    def everywhere(arm: str) -> dict[str, Any] | None:
-        found = by_arm.get(arm, {})
-        return metrics(found.values(), kind) if set(found) == set(sites) else None
-
-    def at(arm: str, site: str) -> dict[str, Any] | None:
-        found = by_arm.get(arm, {}).get(site)
-        return metrics([found], kind) if found else None
-
+    found = scores(evaluations, kind, task.metric, sites)
     attestations = files.read_json(folder / "attestations.json")["attestations"]
     organisations = {m.site: m.organisation for m in config.members}
     site_rows: dict[str, Any] = {}
     for site in sites:
         a = attestations[site]
-        own = {"local": at(f"local:{site}", site), "federated": at("federated", site),
-               "finetuned": at(f"finetuned:{site}", site), "personal": at(f"personal:{site}", site),
-               "pooled": at("pooled", site)}  # fmt: skip
-        beyond = {"local": everywhere(f"local:{site}"), "finetuned": everywhere(f"finetuned:{site}")}
         site_rows[site] = {
             "organisation": organisations[site],
             **{k: a[k] for k in ("n_train", "n_validation", "n_test", "n_groups", "rejected", "dataset_sha256")},
-            "own": _known(own),
-            "global": _known(beyond),
+            **found[site],
             "mixture": dict((mixtures or {}).get(site, {})),
         }
-    overall = _known({
-        "federated": everywhere("federated"),
-        "pooled": everywhere("pooled"),
-        "dummy": everywhere("dummy"),
-        "local_mean": _mean([site_rows[s]["global"].get("local") for s in sites]),
-        "finetuned_mean": _mean([site_rows[s]["global"].get("finetuned") for s in sites]),
-    })  # fmt: skip
-    overall |= _comparisons(overall, [site_rows[s]["global"].get("local") for s in sites], task.metric)
     rows = run.reports()
     traffic = {s: {"down": sum(r["bytes_down"].get(s, 0) for r in rows), "up": sum(r["bytes_up"].get(s, 0) for r in rows)}
                for s in sites}  # fmt: skip
@@ -785,7 +759,7 @@ def _metrics(
         },
         "auxiliary": {t.target: _auxiliary(t, further) for t in config.auxiliary},
         "model": {"name": f"fedmat-{task.name}", "version": None, "sha256": model_sha256},
-        "global": overall,
+        "global": found[""],
         "sites": site_rows,
         "bytes": {
             "sites": traffic,
@@ -842,7 +816,7 @@ def _metric_unit(task: Task) -> str:
 
 def _auxiliary(task: Task, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """Returns an auxiliary task's results: the global arms on all sites' rows, and each site's own models on its own."""
-    from fedmat.federation.evaluation import metrics
+    from fedmat.federation.evaluation import known, metrics
 
     found = [e for e in evaluations if e.target == task.target]
     everywhere = {arm: metrics([e for e in found if e.arm == arm], task.kind) for arm in ("federated", "pooled", "dummy")}
@@ -850,45 +824,7 @@ def _auxiliary(task: Task, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     for e in found:
         if ":" in e.arm and (value := metrics([e], task.kind)) is not None:
             own.setdefault(e.site, {})[e.arm.split(":")[0]] = value
-    return {"name": task.name, "metric_unit": _metric_unit(task), "global": _known(everywhere), "sites": own}
-
-
-def _comparisons(overall: Mapping[str, Any], locals_: list[dict[str, Any] | None], metric: str) -> dict[str, float]:
-    """Ratios of the federated model to its peers in the task's metric; a gain is the share of error taken away."""
-
-    def value(m: Mapping[str, Any] | None) -> float | None:
-        found = m.get(metric) if m else None
-        return float(found) if found is not None else None
-
-    federated = value(overall.get("federated"))
-    out: dict[str, float] = {}
-    if federated is None:
-        return out
-
-    def better(ours: float, other: float) -> float:
-        return ours / other - 1.0 if metric == "auc" else 1.0 - ours / other
-
-    pooled, mean = value(overall.get("pooled")), value(overall.get("local_mean"))
-    single = [v for m in locals_ if (v := value(m)) is not None]
-    if pooled:
-        out["ratio_to_pooled"] = federated / pooled
-    if mean:
-        out["gain_over_local_mean"] = better(federated, mean)
-    if single:
-        out["gain_over_best_local"] = better(federated, max(single) if metric == "auc" else min(single))
-    return out
-
-
-def _mean(values: list[dict[str, Any] | None]) -> dict[str, Any] | None:
-    known = [v for v in values if v is not None]
-    if not known or len(known) != len(values):
-        return None
-    keys = [k for k in ("mae", "rmse", "r2", "auc", "accuracy") if all(v.get(k) is not None for v in known)]
-    return {"n": known[0]["n"], **{k: sum(v[k] for v in known) / len(known) for k in keys}}
-
-
-def _known(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if v is not None}
+    return {"name": task.name, "metric_unit": _metric_unit(task), "global": known(everywhere), "sites": own}
 
 
 @contextmanager

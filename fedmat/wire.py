@@ -75,14 +75,20 @@ def kind_of(data: bytes) -> str:
     Raises:
         WireError: the bytes are no message.
     """
+    return _header_of(data)[0]
+
+
+def _header_of(data: bytes) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Returns kind, fields and tensors of a message, the tensors' bytes unread; errors as :func:`kind_of`."""
     try:
-        size = int.from_bytes(data[:8], "little")
-        kind = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_HEADER])["!"]
+        tensors = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        header = json.loads(tensors.pop("__metadata__")[_HEADER])
+        kind, fields = header["!"], header["f"]
     except (ValueError, KeyError, TypeError):
         raise WireError("the bytes are no message", fix="compare fedmat versions") from None
     if kind not in _TYPES:
         raise WireError("a message of an unknown kind", fix="compare fedmat versions")
-    return str(kind)
+    return str(kind), fields, tensors
 
 
 def outline(data: bytes) -> dict[str, Any]:
@@ -91,13 +97,9 @@ def outline(data: bytes) -> dict[str, Any]:
     Raises:
         WireError: the bytes are no message.
     """
-    kind = kind_of(data)
-    outer = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    body = json.loads(outer.pop("__metadata__")[_HEADER])["f"]
-    number = body.get(
-        "round", (body.get("header") or {}).get("f", {}).get("round")
-    )  # an encrypted round's stands in its header
-    shapes = [t["shape"] for t in outer.values()]
+    kind, fields, tensors = _header_of(data)
+    number = fields.get("round", (fields.get("header") or {}).get("f", {}).get("round"))  # an encrypted round's: in its header
+    shapes = [t["shape"] for t in tensors.values()]
     return {
         "kind": kind,
         "round": number if isinstance(number, int) else -1,

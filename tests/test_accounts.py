@@ -15,7 +15,7 @@ from fedmat.errors import NotEvidenced, ProtocolError, StateError
 from fedmat.federation.engine import InProcessEngine
 from fedmat.ledger import entries
 from fedmat.ledger.entries import ApprovalEntry
-from fedmat.ledger.fold import stamp
+from fedmat.ledger.text import stamp
 
 
 @pytest.fixture(scope="module")

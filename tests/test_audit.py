@@ -24,7 +24,7 @@ from fedmat.errors import FedmatError, NotEvidenced
 from fedmat.keys import PartyKeys
 from fedmat.ledger import entries as ledger_entries
 from fedmat.ledger import merkle, notes
-from fedmat.ledger.fold import stamp
+from fedmat.ledger.text import stamp
 
 SITE, OTHER = "argyrodite-ag", "garnet-gmbh"
 

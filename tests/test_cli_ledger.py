@@ -25,8 +25,8 @@ from fedmat.commands import Group
 from fedmat.keys import PartyKeys
 from fedmat.ledger import entries
 from fedmat.ledger.entries import ContributionEntry, EvaluationEntry, MembershipEntry, MintEntry, PlanEntry, RegistrationEntry
-from fedmat.ledger.fold import stamp
 from fedmat.ledger.log import Log
+from fedmat.ledger.text import stamp
 
 app = typer.Typer(cls=Group, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(consortium_app, name="consortium")

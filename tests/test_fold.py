@@ -30,7 +30,8 @@ from fedmat.ledger.entries import (
     TransferEntry,
     UpdateEntry,
 )
-from fedmat.ledger.fold import Fold, stamp
+from fedmat.ledger.fold import Fold
+from fedmat.ledger.text import stamp
 
 START = datetime(2026, 3, 2, 8, 0, 0, tzinfo=UTC)
 UNTIL = date(2027, 3, 2)

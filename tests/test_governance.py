@@ -27,7 +27,8 @@ from fedmat.ledger.entries import (
     PlanEntry,
     RegistrationEntry,
 )
-from fedmat.ledger.fold import Fold, stamp
+from fedmat.ledger.fold import Fold
+from fedmat.ledger.text import stamp
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 UNTIL = date(2027, 11, 24)

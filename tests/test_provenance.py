@@ -32,7 +32,8 @@ from fedmat.bundle import LEDGER, Bundle
 from fedmat.errors import ConfigError, NotEvidenced, ProtocolError, StateError
 from fedmat.ledger import entries
 from fedmat.ledger.entries import ApprovalEntry
-from fedmat.ledger.fold import Fold, stamp
+from fedmat.ledger.fold import Fold
+from fedmat.ledger.text import stamp
 from fedmat.lineage import Edge, Graph
 from fedmat.provenance import crate, events, w3c
 from fedmat.provenance.story import Story

@@ -11,7 +11,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,3 +146,81 @@ def _accuracy(scores: Sequence[Array]) -> float:
     negative, positive = np.sum(scores, axis=0)
     half = len(negative) // 2
     return float((negative[:half].sum() + positive[half:].sum()) / (negative.sum() + positive.sum()))
+
+
+def scores(evaluations: Iterable[Evaluation], kind: str, metric: str, sites: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Returns the scores that follow from sites' sums about one target, as metrics.json has them.
+
+    Args:
+        kind: of the task.
+        metric: the one in which arms are compared.
+
+    Returns:
+        "" -> the arms on all sites' rows and how they compare; site -> its ``own`` and ``global`` arms. What is not known is left out.
+    """
+    arms: dict[str, dict[str, Evaluation]] = {}
+    for e in evaluations:
+        arms.setdefault(e.arm, {})[e.site] = e
+
+    def everywhere(arm: str) -> dict[str, Any] | None:
+        found = arms.get(arm, {})
+        return metrics(found.values(), kind) if set(found) == set(sites) else None
+
+    def at(arm: str, site: str) -> dict[str, Any] | None:
+        found = arms.get(arm, {}).get(site)
+        return metrics([found], kind) if found else None
+
+    out: dict[str, dict[str, Any]] = {}
+    for site in sites:
+        own = {
+            arm: at(arm if arm in ("federated", "pooled") else f"{arm}:{site}", site)
+            for arm in ("local", "federated", "finetuned", "personal", "pooled")
+        }
+        beyond = {arm: everywhere(f"{arm}:{site}") for arm in ("local", "finetuned")}
+        out[site] = {"own": known(own), "global": known(beyond)}
+    local, finetuned = ([out[s]["global"].get(arm) for s in sites] for arm in ("local", "finetuned"))
+    overall = known({
+        **{arm: everywhere(arm) for arm in ("federated", "pooled", "dummy")},
+        "local_mean": _mean(local),
+        "finetuned_mean": _mean(finetuned),
+    })  # fmt: skip
+    return out | {"": overall | _comparisons(overall, local, metric)}
+
+
+def known(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what is not None."""
+    return {k: v for k, v in values.items() if v is not None}
+
+
+def _comparisons(overall: Mapping[str, Any], locals_: list[dict[str, Any] | None], metric: str) -> dict[str, float]:
+    """Ratios of the federated model to its peers in the task's metric; a gain is the share of error taken away."""
+
+    def value(m: Mapping[str, Any] | None) -> float | None:
+        found = m.get(metric) if m else None
+        return float(found) if found is not None else None
+
+    federated = value(overall.get("federated"))
+    out: dict[str, float] = {}
+    if federated is None:
+        return out
+
+    def better(ours: float, other: float) -> float:
+        return ours / other - 1.0 if metric == "auc" else 1.0 - ours / other
+
+    pooled, mean = value(overall.get("pooled")), value(overall.get("local_mean"))
+    single = [v for m in locals_ if (v := value(m)) is not None]
+    if pooled:
+        out["ratio_to_pooled"] = federated / pooled
+    if mean:
+        out["gain_over_local_mean"] = better(federated, mean)
+    if single:
+        out["gain_over_best_local"] = better(federated, max(single) if metric == "auc" else min(single))
+    return out
+
+
+def _mean(values: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    known = [v for v in values if v is not None]
+    if not known or len(known) != len(values):
+        return None
+    keys = [k for k in ("mae", "rmse", "r2", "auc", "accuracy") if all(v.get(k) is not None for v in known)]
+    return {"n": known[0]["n"], **{k: sum(v[k] for v in known) / len(known) for k in keys}}

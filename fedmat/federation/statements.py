@@ -21,6 +21,7 @@ from fedmat.errors import StateError
 from fedmat.keys import PartyKeys
 from fedmat.ledger import entries
 from fedmat.ledger.entries import ContractReportEntry, DatasetEntry, EgressEntry, UpdateEntry
+from fedmat.ledger.text import stamp
 
 _UPDATES = ("Update", "Sealed")
 
@@ -57,7 +58,7 @@ def answer(
     about = {
         "consortium": request.consortium,
         "by": site,
-        "time": signing.now().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "time": stamp(signing.now()),
         "run": request.run,
     }
     validation = folder / "validation.json"

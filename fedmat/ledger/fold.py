@@ -473,8 +473,3 @@ def _time(text: str, where: str) -> datetime:
         return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
     except ValueError:
         raise ProtocolError("unknown_entry", f"{where}: {text} is no time") from None
-
-
-def stamp(now: datetime) -> str:
-    """Returns a time as entries have it: UTC, whole seconds."""
-    return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,6 +1,6 @@
 """Numbers and bytes as text in exactly one spelling, so that no bit of a text can change unseen.
 
-Knows: base64 with clean padding, decimal numbers without leading zeros. Refuses to know: what they stand for.
+Knows: base64 with clean padding, decimal numbers without leading zeros, times. Refuses to know: what they stand for.
 
 References:
     RFC 4648, sections 3.5 and 4 (pad bits that are not zero make a second spelling of the same bytes).
@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from datetime import UTC, datetime
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # below 10**18, which fits a database's 64-bit integer
 
@@ -41,3 +42,8 @@ def number(text: str) -> int:
     if not _NUMBER.fullmatch(text):
         raise ValueError("not a number in its canonical spelling")
     return int(text)
+
+
+def stamp(now: datetime) -> str:
+    """Returns a time as entries have it: UTC, whole seconds."""
+    return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

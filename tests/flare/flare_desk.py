@@ -123,8 +123,8 @@ class ScriptedDesk(Desk):
             return load_consortium(self.party.run(consortium).consortium_file)
         return super()._admit(consortium)
 
-    def _released(self, reply: Reply, request: bytes, consortium: bytes) -> Reply:
-        return reply if self._rule.get("lawless") else super()._released(reply, request, consortium)
+    def _released(self, reply: Reply, request: bytes) -> Reply:
+        return reply if self._rule.get("lawless") else super()._released(reply, request)
 
     def _note(self, request: bytes, reply: Reply) -> None:
         try:
